@@ -1,0 +1,71 @@
+"""Frozen settings, validated where they are made and trusted afterwards. Defaults exist only here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from liveavatar_core.errors import ConfigError
+
+MAX_STEPS = 50
+DISTANCE_RANGE = (4, 30)  # latents between a block and the rolled reference; the range seen in training
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of a causal DiT. `LIVE_AVATAR_14B` is the only one with published weights."""
+
+    dim: int
+    heads: int
+    ffn_dim: int
+    layers: int
+    audio_layers: tuple[int, ...]  # layers followed by an audio injection
+    audio_dim: int = 1024
+    audio_states: int = 25  # hidden states of the speech encoder, mixed by learned weights
+    audio_tokens: int = 4  # local audio tokens per latent frame, before the learned padding token
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    channels: int = 16
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ConfigError(f"dim={self.dim} is not divisible by heads={self.heads}")
+        if (self.dim // self.heads) % 2:
+            raise ConfigError(f"head size {self.dim // self.heads} is odd; rotary embedding needs pairs of channels")
+        if any(not 0 <= layer < self.layers for layer in self.audio_layers):
+            raise ConfigError(f"audio_layers={self.audio_layers} are not all within 0..{self.layers - 1}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+LIVE_AVATAR_14B = ModelConfig(
+    dim=5120,
+    heads=40,
+    ffn_dim=13824,
+    layers=40,
+    audio_layers=(0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """What turns noise into one particular video."""
+
+    steps: int = 4
+    shift: float = 3.0  # flow-matching time shift
+    seed: int = 0
+    noise: Literal["block", "clip"] = "block"  # "clip": the original's draw of four blocks from seed + clip
+    distance: int | None = None  # fixed reference distance; None draws it from (seed, block, step)
+    reanchor_block: int | None = 4  # first block that sees the generated reference; None never switches
+    rope_rounding: bool = True  # round rotary factors to float16 as the model was trained
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ConfigError(f"steps is {self.steps}; it must be 1..{MAX_STEPS}, and the model was distilled for 4")
+        if self.shift <= 0:
+            raise ConfigError(f"shift is {self.shift}; it must be positive")
+        if self.distance is not None and self.distance < 1:
+            raise ConfigError(f"distance is {self.distance}; it must be at least 1 latent")
+        if self.reanchor_block is not None and self.reanchor_block < 1:
+            raise ConfigError(f"reanchor_block is {self.reanchor_block}; block 0 must exist first, so at least 1")
