@@ -1,0 +1,95 @@
+"""The fp8 of the original (SPEC 7.4): one scale per tensor, weights once, activations at every call.
+
+Knows linears and numbers, not checkpoints. The scale couples all tokens of a call, so blocks must not be batched
+where equal numbers matter. Scale, clamp and cast reproduce the original's bytes, its cap at 448 included.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+_LARGEST = 448.0  # of e4m3
+_KEPT = (  # parts of module names that stay in the model's dtype
+    "text_embedding",
+    "time_embedding",
+    "time_projection",
+    "head.head",
+    "casual_audio_encoder.encoder.final_linear",
+)
+
+
+def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(e4m3 values of x's shape, dequantisation factor () float32): x is about values * factor.
+
+    The scale is capped at 448, so a tensor within ±1 uses only part of the fp8 range, as in the original.
+    """
+    largest = x.abs().amax().float().clamp(min=1e-12)
+    scale = (_LARGEST / largest).clamp(max=_LARGEST)
+    # A 0-dim scale keeps the product in x's dtype: it is rounded there before the cast, as the original's is.
+    return (x * scale).clamp(-_LARGEST, _LARGEST).to(FP8), 1 / scale
+
+
+class Fp8Linear(nn.Module):
+    """A linear with an e4m3 weight. Multiplies in fp8 where the card can, else in float32 with the same bytes."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, dtype=FP8, device=device), requires_grad=False
+        )
+        self.weight_scale = nn.Parameter(torch.ones((), device=device), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False)
+
+    def store(self, weight: Tensor, bias: Tensor) -> None:
+        """Take over a full precision weight (out, in) and bias (out)."""
+        self.store_weight(weight)
+        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
+
+    def store_weight(self, weight: Tensor) -> None:
+        values, scale = quantise_fp8(weight.detach())
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in x's dtype, rounded to bf16 on the way as the original's fp8 product is."""
+        values, scale = quantise_fp8(x.flatten(0, -2))
+        if has_fp8(x.device) and not any(size % 16 for size in self.weight.shape):
+            y = torch._scaled_mm(
+                values,
+                self.weight.t(),
+                scale_a=scale,
+                scale_b=self.weight_scale,
+                bias=self.bias.bfloat16(),
+                out_dtype=torch.bfloat16,
+                use_fast_accum=True,
+            )
+        else:
+            weight = self.weight.float() * self.weight_scale
+            y = F.linear(values.float() * scale, weight, self.bias.float()).bfloat16()
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether the card multiplies fp8 matrices: NVIDIA Ada, Hopper and later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantise_linears(model: nn.Module) -> list[str]:
+    """Replace the linears of the model by Fp8Linear, in place; returns their names.
+
+    Embeddings of text and time, the head and the audio encoder stay, as in the original. Works on meta too, where
+    it only decides the layout.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _converts(name)]
+    for name in names:
+        linear = model.get_submodule(name)
+        quantised = Fp8Linear(linear.in_features, linear.out_features, device="meta")
+        quantised.store(linear.weight, linear.bias)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantised)
+    return names
+
+
+def _converts(name: str) -> bool:
+    return not any(part in name for part in _KEPT)

@@ -1,0 +1,174 @@
+"""Checkpoints on disk as a lazy mapping from official names to tensors (SPEC 7.1, 7.2).
+
+Owns paths, shards, prefixes and the safetensors headers. Opening reads headers only; tensors are memory mapped and
+read one by one. It knows no model beyond the one name that marks a speech-to-video checkpoint.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from liveavatar_core.errors import WeightsError
+
+MARKER = "casual_audio_encoder.encoder.final_linear.weight"  # only speech-to-video models have it
+_PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # official names, then ComfyUI's single files
+_FP8_MARKS = (".scale_weight", ".weight_scale", "scaled_fp8")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says about one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WeightReader:
+    """Named tensors of one or several safetensors files; a context manager. `path` is what the user named."""
+
+    def __init__(self, path: Path, files: list[Path], config: dict | None = None, prefix: str = "") -> None:
+        """`prefix` is removed from names; names without it are ignored. Raises WeightsError for damaged files."""
+        self.path = path
+        self.config = config
+        self._stack = ExitStack()
+        self._sources: dict[str, tuple[safe_open, str]] = {}  # official name -> (file, name in the file)
+        self._infos: dict[str, TensorInfo] = {}
+        for file in files:
+            self._add(file, prefix)
+
+    def _add(self, file: Path, prefix: str) -> None:
+        try:
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            for stored in handle.keys():
+                if stored.startswith(prefix):
+                    header = handle.get_slice(stored)
+                    name = stored[len(prefix) :]
+                    self._sources[name] = (handle, stored)
+                    self._infos[name] = TensorInfo(tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+        except (SafetensorError, OSError) as error:
+            self.close()
+            raise WeightsError(f"{file} is not a complete safetensors file ({error}); download it again") from error
+        except KeyError as error:
+            self.close()
+            raise WeightsError(f"{file} holds numbers of type {error}; use the bf16 checkpoint") from error
+
+    def infos(self) -> Mapping[str, TensorInfo]:
+        return self._infos
+
+    def get(self, name: str) -> Tensor:
+        """One tensor in host memory, as stored. KeyError for a name that is not in `infos()`."""
+        file, stored = self._sources[name]
+        return file.get_tensor(stored)
+
+    def close(self) -> None:
+        self._sources.clear()
+        self._stack.close()
+
+    def __enter__(self) -> "WeightReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_file(path: Path) -> WeightReader:
+    """Any single safetensors file under its stored names. Raises WeightsError when missing or damaged."""
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist; check the path or download the file")
+    return WeightReader(path, [path])
+
+
+def open_weights(path: Path | str) -> WeightReader:
+    """Open a speech-to-video checkpoint: a folder of shards, a folder with one file, or one file.
+
+    Raises WeightsError when something is missing, damaged, quantised, or of another model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files, config = _shards(path), _read_config(path / "config.json")
+    elif path.is_file():
+        files, config = [path], None
+    else:
+        raise WeightsError(f"{path} does not exist; check the path or download Wan2.2-S2V-14B")
+    with WeightReader(path, files) as raw:
+        names = raw.infos().keys()
+        prefix = next((prefix for prefix in _PREFIXES if prefix + MARKER in names), None)
+        if prefix is None:
+            raise WeightsError(f"{path} is not a speech-to-video model: it has no {MARKER}; use Wan2.2-S2V-14B")
+        quantised = next((name for name in names if name.endswith(_FP8_MARKS)), None)
+        if quantised is not None:
+            raise WeightsError(
+                f"{path} is already quantised ({quantised}) and a LoRA must be merged before; use the bf16 file"
+            )
+    if len(files) == 1 and config is None:
+        config = _embedded_config(files[0])
+    return WeightReader(path, files, config, prefix)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
+    if index is None:
+        files = sorted(folder.glob("*.safetensors"))
+        if len(files) != 1:
+            raise WeightsError(
+                f"{folder} has no *.safetensors.index.json and {len(files)} safetensors files; "
+                "it must have an index or exactly one file"
+            )
+        return files
+    weight_map = (_read_config(index) or {}).get("weight_map")
+    if not weight_map:
+        raise WeightsError(f"{index} has no weight_map; download it again")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    for file in files:
+        if not file.is_file():
+            raise WeightsError(f"{file} is named in {index.name} but missing; download it")
+    return files
+
+
+def _read_config(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    return _parse(path.read_text(encoding="utf-8", errors="replace"), path)
+
+
+def _embedded_config(path: Path) -> dict | None:
+    """ComfyUI keeps a model's settings as JSON under "transformer" of the metadata entry "config"."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("config")
+    if text is None:
+        return None
+    config = _parse(text, path)
+    return config.get("transformer", config)
+
+
+def _parse(text: str, path: Path) -> dict:
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise WeightsError(f"{path} holds JSON that cannot be read ({error}); download it again") from error
+    if not isinstance(parsed, dict):
+        raise WeightsError(f"{path} holds a JSON {type(parsed).__name__}, not an object; download it again")
+    return parsed
