@@ -56,7 +56,7 @@ class SamplingConfig:
     shift: float = 3.0  # flow-matching time shift
     seed: int = 0
     noise: Literal["block", "clip"] = "block"  # "clip": the original's draw of four blocks from seed + clip
-    distance: int | None = None  # fixed reference distance; None draws it from (seed, block, step)
+    distance: int | tuple[tuple[int, ...], ...] | None = None  # fixed; or [block][step]; or None: drawn from seed
     reanchor_block: int | None = 4  # first block that sees the generated reference; None never switches
     rope_rounding: bool = True  # round rotary factors to float16 as the model was trained
 
@@ -65,7 +65,7 @@ class SamplingConfig:
             raise ConfigError(f"steps is {self.steps}; it must be 1..{MAX_STEPS}, and the model was distilled for 4")
         if self.shift <= 0:
             raise ConfigError(f"shift is {self.shift}; it must be positive")
-        if self.distance is not None and self.distance < 1:
+        if isinstance(self.distance, int) and self.distance < 1:
             raise ConfigError(f"distance is {self.distance}; it must be at least 1 latent")
         if self.reanchor_block is not None and self.reanchor_block < 1:
             raise ConfigError(f"reanchor_block is {self.reanchor_block}; block 0 must exist first, so at least 1")

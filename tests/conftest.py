@@ -7,6 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from liveavatar_core.config import ModelConfig
+from liveavatar_core.weights.layout import infer_config
+
 HERE = Path(__file__).parent
 _rows: list[tuple[str, str, float, float]] = []
 
@@ -39,6 +42,12 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(Path(request.config.getoption("--golden")))
 
 
+@pytest.fixture(scope="session")
+def golden_config(golden: Golden) -> ModelConfig:
+    """The recorded model's shape, read the way a checkpoint's is."""
+    return infer_config(golden("dit_weights")[0], golden.config)
+
+
 @pytest.fixture
 def agree():
     """agree(file, group, got, want, tolerance): largest relative error, recorded for the table, then judged.
@@ -47,7 +56,9 @@ def agree():
     """
 
     def judge(file: str, group: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-        assert tuple(got.shape) == tuple(want.shape), f"{file} {group}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+        assert tuple(got.shape) == tuple(want.shape), (
+            f"{file} {group}: shape {tuple(got.shape)}, not {tuple(want.shape)}"
+        )
         error = (got.double() - want.double()).abs().max().item() / max(want.double().abs().max().item(), 1e-30)
         _rows.append((file, group, error, tolerance))
         assert error <= tolerance, f"{file} {group}: relative error {error:.2e} exceeds {tolerance:.0e}"

@@ -1,0 +1,59 @@
+"""Keys and values that outlive a forward: the attention sink, and the window of recent blocks.
+
+Legend: B batch (1), T tokens of one block, S stored tokens, H heads, K head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from liveavatar_core.geometry import WINDOW_BLOCKS, Geometry
+from liveavatar_core.model.rope import rotate
+
+
+@dataclass(frozen=True, slots=True)
+class SinkLayer:
+    """One layer's attention sink as the prefill leaves it: keys not rotated, reference tokens first."""
+
+    reference_k: Tensor  # (1, tokens_per_frame, H, K)
+    motion_k: Tensor  # (1, motion_tokens, H, K)
+    v: Tensor  # (1, sink_tokens, H, K)
+
+
+class BlockCache:
+    """What the queries of one (step, layer) may see: attention sink and the last four blocks, in one buffer.
+
+    The sink comes first, then a ring in which block b lives in slot b % 4, so that everything visible is always
+    one prefix and attention needs no concatenation. Keys are stored rotated; their order does not matter.
+    Memory is taken once.
+    """
+
+    def __init__(self, geometry: Geometry, heads: int, head_dim: int, *, device: torch.device, dtype: torch.dtype):
+        self.sink_tokens, self.block_tokens = geometry.sink_tokens, geometry.tokens_per_block
+        shape = (1, self.sink_tokens + WINDOW_BLOCKS * self.block_tokens, heads, head_dim)
+        self.k_BSHK = torch.zeros(shape, device=device, dtype=dtype)
+        self.v_BSHK = torch.zeros(shape, device=device, dtype=dtype)
+        self.next_block = 0  # a Python int: never read back from a GPU
+        self._reference_k: Tensor | None = None
+
+    def install(self, sink: SinkLayer, motion: Tensor) -> None:
+        """Take over a sink version; `motion` are the fixed rotary factors of its motion tokens."""
+        self._reference_k = sink.reference_k
+        self.k_BSHK[:, sink.reference_k.shape[1] : self.sink_tokens] = rotate(sink.motion_k, motion)
+        self.v_BSHK[:, : self.sink_tokens] = sink.v
+
+    def roll(self, reference: Tensor) -> None:
+        """Move the reference tokens to the position given by their rotary factors (rolling RoPE)."""
+        self.k_BSHK[:, : self._reference_k.shape[1]] = rotate(self._reference_k, reference)
+
+    def update(self, block: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one block's rotated keys and values; return views of all that its queries may see."""
+        if block != self.next_block:
+            raise RuntimeError(f"cache expects block {self.next_block}, got {block}")
+        self.next_block += 1
+        start = self.sink_tokens + block % WINDOW_BLOCKS * self.block_tokens
+        self.k_BSHK[:, start : start + self.block_tokens] = k_BTHK
+        self.v_BSHK[:, start : start + self.block_tokens] = v_BTHK
+        visible = self.sink_tokens + min(self.next_block, WINDOW_BLOCKS) * self.block_tokens
+        return self.k_BSHK[:, :visible], self.v_BSHK[:, :visible]

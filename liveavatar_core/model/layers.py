@@ -1,0 +1,106 @@
+"""The DiT layer and its parts. Attribute names are the checkpoint's, so that a state dict needs no translation.
+
+Precision (SPEC 4.6): the residual stream enters and leaves a layer in the model's dtype and is float32 inside;
+norms and modulation are float32. In a float32 model every cast below is the identity.
+
+Legend: B batch (1), T tokens, S keys, D width, H heads, K head width.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liveavatar_core.model.attention import attend
+from liveavatar_core.model.rope import rotate
+
+EPS = 1e-6
+
+KeyValue = tuple[Tensor, Tensor]
+See = Callable[[Tensor, Tensor], KeyValue]
+"""Takes this call's unrotated keys and its values, remembers them, returns all keys (rotated) and values to see."""
+
+
+def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
+    """LayerNorm over the last axis without affine; float32 out."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the whole width, before it is split into heads."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+        return normed.to(x.dtype) * self.weight
+
+
+class Projections(nn.Module):
+    """The four projections of an attention; queries and keys are normalised before they become heads."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+        self.heads = heads
+
+    def query(self, x_BTD: Tensor) -> Tensor:
+        return self.norm_q(self.q(x_BTD)).unflatten(-1, (self.heads, -1))
+
+    def key_value(self, x_BSD: Tensor) -> KeyValue:
+        k = self.norm_k(self.k(x_BSD)).unflatten(-1, (self.heads, -1))
+        return k, self.v(x_BSD).unflatten(-1, (self.heads, -1))
+
+
+class SelfAttention(Projections):
+    def forward(self, x_BTD: Tensor, factors: Tensor, see: See) -> Tensor:
+        k_BSHK, v_BSHK = see(*self.key_value(x_BTD))
+        return self.o(attend(rotate(self.query(x_BTD), factors), k_BSHK, v_BSHK).flatten(2))
+
+
+class CrossAttention(Projections):
+    """Keys and values come from outside: computed once per prompt (text) or per block (audio)."""
+
+    def forward(self, x_BTD: Tensor, context: KeyValue) -> Tensor:
+        return self.o(attend(self.query(x_BTD), *context).flatten(2))
+
+
+class DiTLayer(nn.Module):
+    def __init__(self, dim: int, heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim))
+        self.self_attn = SelfAttention(dim, heads)
+        self.norm3 = nn.LayerNorm(dim, eps=EPS)
+        self.cross_attn = CrossAttention(dim, heads)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x_BTD: Tensor, time_6D: Tensor, factors: Tensor, text: KeyValue, see: See) -> Tensor:
+        dtype = x_BTD.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + time_6D).unbind(0)
+        h_BTD = (layer_norm(x_BTD).to(dtype).float() * (1 + scale1) + shift1).to(dtype)
+        x_BTD = x_BTD.float() + self.self_attn(h_BTD, factors, see) * gate1
+        x_BTD = x_BTD + self.cross_attn(self._norm3(x_BTD.to(dtype)), text)
+        h_BTD = (layer_norm(x_BTD) * (1 + scale2) + shift2).to(dtype)
+        return (x_BTD + self.ffn(h_BTD) * gate2).to(dtype)
+
+    def _norm3(self, x_BTD: Tensor) -> Tensor:
+        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
+        return F.layer_norm(x_BTD.float(), x_BTD.shape[-1:], weight, bias, EPS).to(x_BTD.dtype)
+
+
+class Head(nn.Module):
+    """Tokens to velocity patches (1, 2, 2, channels), channel fastest; float32 inside."""
+
+    def __init__(self, dim: int, out_features: int) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
+        self.head = nn.Linear(dim, out_features)
+
+    def forward(self, x_BTD: Tensor, time_D: Tensor) -> Tensor:
+        shift, scale = (self.modulation[0].float() + time_D).unbind(0)
+        h_BTD = layer_norm(x_BTD) * (1 + scale) + shift
+        return F.linear(h_BTD, self.head.weight.float(), self.head.bias.float()).to(x_BTD.dtype)

@@ -1,0 +1,152 @@
+"""A stage: one rectangle of the grid with its weights and caches. The only place where the model meets a block.
+
+It knows neither threads nor links nor its neighbours; `run` takes a payload and returns the next one.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from liveavatar_core.config import SamplingConfig
+from liveavatar_core.geometry import LATENTS_PER_BLOCK, Geometry
+from liveavatar_core.model.cache import BlockCache, SinkLayer
+from liveavatar_core.model.dit import CausalDiT, TimeTable
+from liveavatar_core.model.layers import KeyValue, See
+from liveavatar_core.model.rope import (
+    REFERENCE_POSITION,
+    block_factors,
+    motion_factors,
+    reference_factors,
+    reference_position,
+    rotate,
+)
+from liveavatar_core.pipeline.plan import PREFILL, StageSpec
+from liveavatar_core.sampling import block_noise, clip_noise, euler, reference_distance, sigmas, timestep
+from liveavatar_core.types import Payload
+
+
+class Stage:
+    """State of one stream on one device. Build a new one for a new stream; the model is shared and read-only."""
+
+    def __init__(
+        self, spec: StageSpec, model: CausalDiT, geometry: Geometry, sampling: SamplingConfig, text: Tensor
+    ) -> None:
+        """`text` (length, text_dim). Everything constant over the stream is computed here, once."""
+        self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
+        self.device = torch.device(spec.device)
+        self.levels = sigmas(sampling.steps, sampling.shift)
+        config = model.config
+        self._text = model.embed_text(text.to(self.device))
+        self._times: dict[int, TimeTable] = {PREFILL: model.time_table(0.0)}
+        for step in spec.steps:
+            self._times[step] = model.time_table(timestep(self.levels[step]))
+        self._caches = {
+            step: [
+                BlockCache(geometry, config.heads, config.head_dim, device=self.device, dtype=model.dtype)
+                for _ in spec.layers
+            ]
+            for step in spec.steps
+        }
+        self._sinks: dict[int, dict[int, SinkLayer]] = {}  # version -> layer -> sink, until every step has it
+        self._installed = dict.fromkeys(spec.steps, PREFILL)
+        self._motion = self._factors(motion_factors)
+
+    def _factors(self, table, *args: int) -> Tensor:
+        return table(*args, self.geometry, self.model.config.head_dim, self.sampling.rope_rounding).to(self.device)
+
+    def ready(self, payload: Payload) -> bool:
+        """Whether the sink version this payload looks at has been computed here."""
+        return payload.step == PREFILL or payload.sink in self._sinks or self._installed[payload.step] == payload.sink
+
+    def run(self, payload: Payload) -> Payload:
+        """Do this stage's part of one step (or of a prefill); tensors come back on this stage's device."""
+        return self._prefill(payload) if payload.step == PREFILL else self._denoise(payload)
+
+    def _prefill(self, payload: Payload) -> Payload:
+        hidden = payload.hidden
+        if hidden is None:
+            hidden = self.model.embed_condition(*(x.to(self.device, self.model.dtype) for x in payload.condition))
+        reference = self._factors(reference_factors, REFERENCE_POSITION)
+        factors = torch.cat((reference, self._motion))
+        sink: dict[int, SinkLayer] = {}
+
+        def see(layer: int) -> See:
+            def store(k: Tensor, v: Tensor) -> KeyValue:
+                # Copies, so that a sink outlives neither more nor less than its own rows.
+                frame = self.geometry.tokens_per_frame
+                sink[layer] = SinkLayer(k[:, :frame].clone(), k[:, frame:].clone(), v.clone())
+                return rotate(k, factors), v
+
+            return store
+
+        hidden = self.model.run_layers(
+            hidden.to(self.device), self._times[PREFILL].modulation, factors, self._text, see, audio=None
+        )
+        self._sinks[payload.sink] = sink
+        return replace(payload, hidden=hidden, condition=None)
+
+    def _denoise(self, payload: Payload) -> Payload:
+        model, step, block = self.model, payload.step, payload.block
+        if payload.request is not None:
+            payload = self._admit(payload)
+        latent = payload.latent.to(self.device)
+        audio = payload.audio.to(self.device)
+        hidden = payload.hidden.to(self.device) if payload.hidden is not None else self._embed(latent, payload)
+        self._install(step, payload.sink)
+        distance = reference_distance(self.sampling, block, step)
+        position = reference_position(LATENTS_PER_BLOCK * block, distance)
+        reference = self._factors(reference_factors, position)
+        factors = self._factors(block_factors, block)
+        caches = dict(zip(self.spec.layers, self._caches[step], strict=True))
+
+        def see(layer: int) -> See:
+            cache = caches[layer]
+            cache.roll(reference)
+            return lambda k, v: cache.update(block, rotate(k, factors), v)
+
+        time = self._times[step]
+        hidden = model.run_layers(hidden, time.modulation, factors, self._text, see, audio)
+        if not model.has_head:
+            return replace(payload, latent=latent, hidden=hidden, audio=audio)
+        velocity = model.velocity(hidden, time, self.geometry.grid)
+        latent = euler(latent, velocity, step, self.levels)
+        return replace(payload, step=step + 1, latent=latent, hidden=None, audio=audio)
+
+    def _admit(self, payload: Payload) -> Payload:
+        """Turn a request into what travels: noise and audio tokens, both computed once per block."""
+        request, model = payload.request, self.model
+        features = request.features.to(self.device)
+        audio = model.casual_audio_encoder.block(features, model.dtype)
+        if request.mask is not None:
+            audio = replace(audio, mask=request.mask.to(self.device, model.dtype))
+        noise = request.noise if request.noise is not None else self._noise(request.block)
+        latent = noise.to(self.device, model.dtype)
+        return replace(payload, latent=latent, audio=audio, pose=request.pose, request=None)
+
+    def _embed(self, latent: Tensor, payload: Payload) -> Tensor:
+        pose = payload.pose
+        return self.model.embed_block(latent, None if pose is None else pose.to(self.device, self.model.dtype))
+
+    def _noise(self, block: int) -> Tensor:
+        geometry = self.geometry
+        shape = (
+            self.model.config.channels,
+            LATENTS_PER_BLOCK,
+            geometry.latent_height,
+            geometry.latent_width,
+        )
+        if self.sampling.noise == "clip":
+            return clip_noise(self.sampling.seed, block, shape, self.device, self.model.dtype)
+        return block_noise(self.sampling.seed, block, shape)
+
+    def _install(self, step: int, version: int) -> None:
+        if self._installed[step] == version:
+            return
+        for layer, cache in zip(self.spec.layers, self._caches[step], strict=True):
+            cache.install(self._sinks[version][layer], self._motion)
+        self._installed[step] = version
+        # A version is kept until every step has moved on to it; older ones are then never asked for again.
+        oldest = min(self._installed.values())
+        for old in [v for v in self._sinks if v <= oldest]:
+            del self._sinks[old]
