@@ -1,0 +1,148 @@
+"""`python run.py demo`: a picture and a sound through the demo workflow, in a ComfyUI that lives as long as the run."""
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import ROOT, LaunchError
+
+WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
+OUT = ROOT / "out"
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run.py demo", description="Make a talking video with the demo model.")
+    picture, sound = ROOT / "assets" / "portrait.png", ROOT / "assets" / "speech.wav"
+    parser.add_argument("--image", type=Path, default=picture, metavar="FILE", help="portrait; default: %(default)s")
+    parser.add_argument("--audio", type=Path, default=sound, metavar="FILE", help="speech; default: %(default)s")
+    parser.add_argument("--prompt", metavar="TEXT", help="what the picture shows; default: the workflow's")
+    parser.add_argument("--seconds", type=float, metavar="N", help="use only the first N seconds of the speech")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the mp4 goes; default: a new file in out/")
+    parser.add_argument("--port", type=int, metavar="P", help="port of the server; default: a free one")
+    parser.add_argument("--open", action="store_true", help="leave ComfyUI running and open it in a browser")
+    options = parser.parse_args(arguments)
+    for name in ("image", "audio"):
+        path = getattr(options, name).expanduser().resolve()
+        if not path.is_file():
+            raise LaunchError(f"--{name} {getattr(options, name)} is not a file.")
+        setattr(options, name, path)
+    if options.seconds is not None and not options.seconds > 0:
+        raise LaunchError(f"--seconds {options.seconds:g} must be more than 0.")
+    options.out = (options.out or OUT / time.strftime("liveavatar-%Y%m%d-%H%M%S.mp4")).expanduser().resolve()
+    return options
+
+
+def as_arguments(options: argparse.Namespace) -> list[str]:
+    """The options back in the form `parse` takes, with absolute paths: the demo runs in another folder."""
+    given = {name: value for name, value in vars(options).items() if value not in (None, False)}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+
+
+def patch(workflow: dict[str, dict], values: dict[tuple[str, str], object]) -> dict[str, dict]:
+    """The workflow with inputs replaced, addressed by (class_type, input name) so that node ids may change."""
+    patched = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in workflow.items()}
+    for (class_type, name), value in values.items():
+        nodes = [node for node in patched.values() if node["class_type"] == class_type]
+        if not nodes:
+            raise LaunchError(f"The workflow has no {class_type} node to set {name} of.")
+        for node in nodes:
+            node["inputs"][name] = value
+    return patched
+
+
+class Progress:
+    """Prints one line whenever a node of the workflow has finished another block."""
+
+    def __init__(self, workflow: dict[str, dict]) -> None:
+        self._names = {node_id: node["class_type"].removeprefix("LiveAvatar_") for node_id, node in workflow.items()}
+        self._seen: dict[str, float] = {}
+        self._start = time.monotonic()
+
+    def __call__(self, kind: str, data: dict) -> None:
+        if kind != "progress_state":
+            return
+        for node_id, state in data["nodes"].items():
+            value, total = state["value"], state["max"]
+            if total > 1 and value > self._seen.get(node_id, 0):
+                self._seen[node_id] = value
+                name = self._names.get(node_id, node_id)
+                seconds = time.monotonic() - self._start
+                print(f"  {name}: block {value:g} of {total:g}  ({seconds:.1f} s)", flush=True)
+
+
+async def make_video(url: str, options: argparse.Namespace) -> Path:
+    from .client import Client
+
+    async with Client(url) as client:
+        values: dict[tuple[str, str], object] = {
+            ("LoadImage", "image"): await client.upload(options.image),
+            ("LoadAudio", "audio"): await client.upload(options.audio),
+        }
+        if options.prompt is not None:
+            values["LiveAvatar_PromptConditioner", "text"] = options.prompt
+        if options.seconds is not None:
+            values["LiveAvatar_AudioEncoder", "seconds"] = options.seconds
+        workflow = patch(json.loads(WORKFLOW.read_text(encoding="utf-8")), values)
+        outputs = await client.run(workflow, Progress(workflow))
+        files = [file for output in outputs.values() for file in output.get("images", [])]
+        videos = [file for file in files if file["filename"].endswith(".mp4")]
+        if not videos:
+            raise LaunchError("The workflow ended without an mp4 file.")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_bytes(await client.fetch(videos[0]))
+    return options.out
+
+
+def describe(path: Path) -> str:
+    """Frames and lengths as the file itself has them."""
+    import av
+
+    with av.open(str(path)) as file:
+        picture, sound = file.streams.video[0], next(iter(file.streams.audio), None)
+        frames = sum(packet.size > 0 for packet in file.demux(picture))
+        rate = float(picture.average_rate)
+        text = f"{picture.width}x{picture.height}, {frames} frames at {rate:g} per second, {frames / rate:.2f} s"
+        return text + (f", sound {float(sound.duration * sound.time_base):.2f} s" if sound else ", no sound")
+
+
+def run(options: argparse.Namespace) -> None:
+    from .comfy import Comfy
+
+    start = time.monotonic()
+    print("Starting ComfyUI", flush=True)
+    keep = ["--output-directory", str(OUT)] if options.open else []
+    OUT.mkdir(exist_ok=True)
+    tree = Path(os.environ["LIVEAVATAR_COMFYUI"])
+    with Comfy(tree, port=options.port, log=OUT / "comfyui.log", arguments=keep) as server:
+        print(f"ComfyUI is ready at {server.url} ({time.monotonic() - start:.0f} s); making the video", flush=True)
+        path = asyncio.run(make_video(server.url, options))
+        print(f"{path}\n{describe(path)}", flush=True)
+        if options.open:
+            print(f"Opening {server.url} (results go to {OUT}); press Ctrl-C here to stop ComfyUI.", flush=True)
+            webbrowser.open(server.url)
+            server.wait()
+
+
+def main(arguments: Sequence[str]) -> int:
+    # A terminated demo must stop its server too, so the signal becomes an exception.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        run(parse(arguments))
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped.", flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
