@@ -1,6 +1,7 @@
 """Frozen settings, validated where they are made and trusted afterwards. Defaults exist only here."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from liveavatar_core.errors import ConfigError
@@ -69,3 +70,35 @@ class SamplingConfig:
             raise ConfigError(f"distance is {self.distance}; it must be at least 1 latent")
         if self.reanchor_block is not None and self.reanchor_block < 1:
             raise ConfigError(f"reanchor_block is {self.reanchor_block}; block 0 must exist first, so at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    path: Path
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which files make the model. Naming them loads nothing."""
+
+    checkpoint: Path  # folder of shards, or one safetensors file
+    loras: tuple[LoraSpec, ...] = ()
+
+
+PRECISIONS = ("auto", "bf16", "fp32", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeSpec:
+    """Where and how the model runs."""
+
+    devices: tuple[str, ...]  # in the order the plan hands them out
+    plan: str = "auto"  # a name in pipeline.plan.PLANS, or auto
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"  # auto: bf16 on GPUs, fp32 on a CPU
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            raise ConfigError("no device was named; give at least one, like cuda:0 or cpu")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")

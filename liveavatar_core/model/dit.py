@@ -82,10 +82,8 @@ class CausalDiT(nn.Module):
     def time_table(self, timestep: float) -> TimeTable:
         """Modulation at one timestep (1000 * sigma), unrounded."""
         half = self.config.freq_dim // 2
-        device = self.time_embedding[0].weight.device
-        frequencies = 10_000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-        angles = timestep * frequencies
-        x = torch.cat((angles.cos(), angles.sin())).float()
+        angles = timestep * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        x = torch.cat((angles.cos(), angles.sin())).float().to(self.time_embedding[0].weight.device)
         for module in self.time_embedding:
             x = _linear32(module, x) if isinstance(module, nn.Linear) else module(x)
         return TimeTable(x, _linear32(self.time_projection[1], F.silu(x)).unflatten(0, (6, -1)))

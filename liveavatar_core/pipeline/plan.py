@@ -95,3 +95,12 @@ def layer_ring(steps: int, layers: int, devices: Sequence[str]) -> Plan:
 
 
 PLANS = {"single": single, "tpp": tpp, "ring": layer_ring}
+
+
+def choose(name: str, steps: int, layers: int, devices: Sequence[str]) -> Plan:
+    """The plan called `name`. `auto`: everything on one device, else a layer ring, which needs the least memory."""
+    if name == "auto":
+        name = "single" if len(devices) == 1 else "ring"
+    if name not in PLANS:
+        raise PlanError(f"plan is {name!r}; it must be auto or one of {', '.join(sorted(PLANS))}")
+    return PLANS[name](steps, layers, devices)
