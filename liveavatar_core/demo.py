@@ -17,7 +17,7 @@ from torch import Tensor
 
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.errors import WeightsError
-from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.weights.build import empty_dit
 from liveavatar_core.weights.layout import lora_targets
 
 ABOUT = "Live Avatar demo model: random weights, so every picture it makes is noise."
@@ -252,8 +252,7 @@ def _draw(name: str, noise: Tensor) -> Tensor:
 
 
 def _write_dit(files: DemoFiles, seed: int) -> None:
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in CausalDiT(DEMO_CONFIG).state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty_dit(DEMO_CONFIG).state_dict().items()}
     tensors = _draw_all(shapes, seed)
     config = _official_config()
     _save(files.single_file, tensors, {"config": json.dumps({"transformer": config})})
@@ -347,7 +346,8 @@ def _train_tokenizer() -> Tensor:
 
 def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, {"format": "pt", "about": ABOUT} | (metadata or {}))
+    # One entry only: safetensors writes several in random order, and equal seeds should give equal bytes.
+    save_file(tensors, path, metadata or {"format": "pt"})
 
 
 def _write_json(path: Path, content: dict) -> None:

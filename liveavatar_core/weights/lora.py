@@ -21,8 +21,9 @@ from liveavatar_core.weights.reader import open_file
 _ALPHA_PER_RANK = 0.5
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:diffusion_model\.)?(?P<module>.+?)\."
-    r"(?P<part>lora_A|lora_B|alpha)(?:\.default)?(?:\.weight)?"
+    r"(?P<part>lora_A|lora_B|lora_down|lora_up|alpha)(?:\.default)?(?:\.weight)?"
 )
+_PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
 _ADAPTER = "default"
 
 
@@ -32,40 +33,36 @@ class Lora:
     def __init__(self, path: Path, strength: float) -> None:
         self.path, self.strength = path, strength
         self._reader = open_file(path)
-        self._keys: dict[str, dict[str, str]] = {}  # module -> part -> name in the file
+        self._keys: dict[str, dict[str, str]] = {}  # module -> down, up, alpha -> name in the file
         for key in self._reader.infos():
             match = _KEY.fullmatch(key)
             if match is None:
                 self.close()
                 raise WeightsError(f"{path} is not a LoRA that can be merged: {key} is neither A, B nor alpha")
-            self._keys.setdefault(match["module"], {})[match["part"]] = key
+            self._keys.setdefault(match["module"], {})[_PARTS[match["part"]]] = key
 
     def check(self, config: ModelConfig) -> None:
         """Raise WeightsError unless the file has a pair of the right shape for every target and nothing else."""
         targets = lora_targets(config)
-        problems = {
-            **{module: "missing" for module in targets if module not in self._keys},
-            **{module: "not in the model" for module in self._keys if module not in targets},
-        }
-        for module in self._keys.keys() & targets.keys():
-            problem = self._misfit(module, *targets[module])
-            if problem is not None:
-                problems[module] = problem
+        problems = {module: problem for module in targets if (problem := self._misfit(module, targets[module]))}
+        matched = len(targets) - len(problems)
+        problems |= {module: "not part of it" for module in self._keys if module not in targets}
         if problems:
-            module = min(problems)
-            matched = len(targets.keys() - problems.keys())
+            module, problem = next(iter(problems.items()))
             raise WeightsError(
-                f"{self.path} is a LoRA of another model: {matched} of {len(targets)} modules match and "
-                f"{module} is {problems[module]}; use the Live Avatar LoRA"
+                f"{self.path} is a LoRA of another model: {matched} of this model's {len(targets)} modules match and "
+                f"{module} is {problem}; use the Live Avatar LoRA"
             )
 
-    def _misfit(self, module: str, out_features: int, in_features: int) -> str | None:
+    def _misfit(self, module: str, weight: tuple[int, int]) -> str | None:
+        if module not in self._keys:
+            return "missing"
         parts, infos = self._keys[module], self._reader.infos()
-        if not {"lora_A", "lora_B"} <= parts.keys():
-            return f"without its {'lora_B' if 'lora_A' in parts else 'lora_A'}"
-        down, up = infos[parts["lora_A"]].shape, infos[parts["lora_B"]].shape
-        if len(down) != 2 or down[1] != in_features or up != (out_features, down[0]):
-            return f"of shapes {down} and {up} for a weight of {(out_features, in_features)}"
+        if not {"down", "up"} <= parts.keys():
+            return "incomplete"
+        down, up = infos[parts["down"]].shape, infos[parts["up"]].shape
+        if len(down) != 2 or down[1] != weight[1] or up != (weight[0], down[0]):
+            return f"of shapes {down} and {up} for a weight of {weight}"
         return None
 
     def delta(self, module: str, device: torch.device | str = "cpu") -> Tensor | None:
@@ -73,8 +70,8 @@ class Lora:
         parts = self._keys.get(module)
         if parts is None:
             return None
-        down = self._reader.get(parts["lora_A"]).to(device, torch.float32)
-        up = self._reader.get(parts["lora_B"]).to(device, torch.float32)
+        down = self._reader.get(parts["down"]).to(device, torch.float32)
+        up = self._reader.get(parts["up"]).to(device, torch.float32)
         rank = down.shape[0]
         alpha = self._reader.get(parts["alpha"]).item() if "alpha" in parts else _ALPHA_PER_RANK * rank
         return _peft_delta(down, up, alpha * self.strength)

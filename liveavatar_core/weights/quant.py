@@ -41,12 +41,8 @@ class Fp8Linear(nn.Module):
         self.weight_scale = nn.Parameter(torch.ones((), device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False)
 
-    def store(self, weight: Tensor, bias: Tensor) -> None:
-        """Take over a full precision weight (out, in) and bias (out)."""
-        self.store_weight(weight)
-        self.bias = nn.Parameter(bias.detach(), requires_grad=False)
-
-    def store_weight(self, weight: Tensor) -> None:
+    def store(self, weight: Tensor) -> None:
+        """Take over a full precision weight (out, in); the bias is an ordinary parameter."""
         values, scale = quantise_fp8(weight.detach())
         self.weight = nn.Parameter(values, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -65,9 +61,13 @@ class Fp8Linear(nn.Module):
                 use_fast_accum=True,
             )
         else:
-            weight = self.weight.float() * self.weight_scale
-            y = F.linear(values.float() * scale, weight, self.bias.float()).bfloat16()
+            y = dequantised_linear(values, scale, self.weight, self.weight_scale, self.bias).bfloat16()
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+
+def dequantised_linear(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+    """The product of e4m3 values (rows, in) and weight (out, in) in float32: (rows, out) before any rounding."""
+    return F.linear(values.float() * scale, weight.float() * weight_scale, bias.float())
 
 
 def has_fp8(device: torch.device) -> bool:
@@ -85,7 +85,8 @@ def quantise_linears(model: nn.Module) -> list[str]:
     for name in names:
         linear = model.get_submodule(name)
         quantised = Fp8Linear(linear.in_features, linear.out_features, device="meta")
-        quantised.store(linear.weight, linear.bias)
+        quantised.store(linear.weight)
+        quantised.bias = linear.bias
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantised)
     return names
