@@ -1,0 +1,7 @@
+"""The engine of Live Avatar: portrait, speech and prompt in, video blocks out. Knows nothing of ComfyUI.
+
+Where to look: `geometry` sizes · `config` settings · `model` the causal DiT · `sampling` noise and Euler ·
+`encoders` VAE, speech features, pictures · `weights` checkpoint files · `pipeline` plan, stages, block loop ·
+`runtime` what is loaded where, and streams · `io` sound and video files · `demo` a tiny random model.
+Importing this package imports none of them.
+"""

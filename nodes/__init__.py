@@ -1,0 +1,27 @@
+"""The ComfyUI nodes. They translate between sockets and the engine; they compute nothing."""
+
+import os
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from . import decode, demo, inputs, loaders, sampler, tools
+
+
+class LiveAvatarExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        folder_paths.add_model_folder_path("liveavatar", os.path.join(folder_paths.models_dir, "liveavatar"))
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            loaders.ModelLoader,
+            loaders.RuntimeSettings,
+            demo.DemoLoader,
+            inputs.ImageLoader,
+            inputs.AudioEncoder,
+            inputs.PromptConditioner,
+            sampler.ChunkedSampler,
+            decode.OnlineDecode,
+            decode.OnlineDecodeFrames,
+            tools.Unload,
+        ]

@@ -1,0 +1,136 @@
+"""Nodes that pull a stream: frames are decoded as blocks arrive, into a growing video file or into an IMAGE batch."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import psutil
+import torch
+from comfy_api.latest import InputImpl, io, ui
+from PIL import Image
+from torch import Tensor
+
+from liveavatar_core.errors import Cancelled, InputError
+from liveavatar_core.geometry import sample_at
+
+from . import host
+from .types import CATEGORY, Avatar, StreamSocket
+
+GIB = 1024**3
+
+
+class OnlineDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiveAvatar_Decode",
+            display_name="Live Avatar Online VAE Decode",
+            category=CATEGORY,
+            description="Makes the video: pulls the stream block by block and writes picture and sound into a file "
+            "that can be played at any moment, also when the run is stopped. Memory does not grow with length.",
+            inputs=[
+                StreamSocket.Input("stream"),
+                io.Vae.Input("vae", tooltip="Wan 2.1 VAE"),
+                io.String.Input("filename_prefix", default="video/LiveAvatar"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            outputs=[io.Video.Output("VIDEO", display_name="video")],
+        )
+
+    @classmethod
+    def execute(cls, stream: Avatar, vae, filename_prefix) -> io.NodeOutput:
+        from liveavatar_core.io.video import VideoWriter
+
+        geometry = stream.stream.geometry
+        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+            filename_prefix, folder_paths.get_output_directory(), geometry.width, geometry.height
+        )
+        file = f"{name}_{counter:05}_.mp4"
+        path = Path(folder) / file
+        writer = VideoWriter(
+            path,
+            width=geometry.width,
+            height=geometry.height,
+            fps=stream.speech.fps,
+            sample_rate=stream.speech.sample_rate,
+            channels=stream.speech.waveform.shape[0],
+        )
+        with writer:
+            for frames, samples in play(stream, vae, cls.hidden.unique_id):
+                writer.write(frames, samples)
+        saved = ui.SavedResult(file, subfolder, io.FolderType.output)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([saved]))
+
+
+class OnlineDecodeFrames(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiveAvatar_DecodeFrames",
+            display_name="Live Avatar Online VAE Decode (frames)",
+            category=CATEGORY,
+            description="Makes the video as an IMAGE batch and AUDIO, for other nodes. All frames are held in memory: "
+            "for long videos use Online VAE Decode.",
+            inputs=[StreamSocket.Input("stream"), io.Vae.Input("vae", tooltip="Wan 2.1 VAE")],
+            hidden=[io.Hidden.unique_id],
+            outputs=[
+                io.Image.Output("IMAGE", display_name="images"),
+                io.Audio.Output("AUDIO", display_name="audio"),
+                io.Float.Output("FLOAT", display_name="fps"),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, stream: Avatar, vae) -> io.NodeOutput:
+        geometry, speech = stream.stream.geometry, stream.speech
+        shape = (stream.frames, geometry.height, geometry.width, 3)
+        needed, free = torch.Size(shape).numel() * 4, psutil.virtual_memory().available
+        if needed > free * 0.9:
+            raise InputError(
+                f"{stream.frames} frames of {geometry.width}x{geometry.height} need {needed / GIB:.1f} GiB as IMAGE, "
+                f"{free / GIB:.1f} GiB of memory are free: use Live Avatar Online VAE Decode, which writes a file"
+            )
+        images = torch.empty(shape, dtype=torch.float32)
+        done, sound = 0, []
+        for frames, samples in play(stream, vae, cls.hidden.unique_id):
+            images[done : done + len(frames)] = frames.float() / 255
+            done += len(frames)
+            sound.append(samples)
+        audio = {"waveform": torch.cat(sound, dim=1).unsqueeze(0), "sample_rate": speech.sample_rate}
+        return io.NodeOutput(images, audio, float(speech.fps))
+
+
+def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Frames (n, H, W, 3) uint8 on the CPU and the sound (channels, samples) that belongs to them, block by block.
+
+    Reports progress with a picture per block, and turns the host's interrupt into the end of the stream.
+    """
+    from liveavatar_core.encoders.vae import StreamDecoder
+    from liveavatar_core.pipeline.stream import frame_chunks
+
+    stream, speech = avatar.stream, avatar.speech
+    decoder = StreamDecoder(host.wan_vae(vae, stream.request.runtime.devices[-1]))
+    bar = comfy.utils.ProgressBar(stream.blocks, node_id=node_id)
+    latents = stream.latents(host.should_stop, host.bytes_progress(node_id))
+    with closing(latents):
+        try:
+            for chunk in frame_chunks(latents, decoder, stream.portrait[1], avatar.frames):
+                frames = chunk.frames.cpu()
+                last = chunk.first_frame + len(frames)
+                span = slice(*(sample_at(frame, speech.fps, speech.sample_rate) for frame in (chunk.first_frame, last)))
+                yield frames, _exactly(speech.waveform[:, span], span.stop - span.start)
+                picture = Image.fromarray(frames[-1].numpy())
+                host.say(node_id, f"block {chunk.block + 1} of {stream.blocks}: {last / speech.fps:.1f} s")
+                bar.update_absolute(chunk.block + 1, stream.blocks, ("JPEG", picture, None))
+        except Cancelled:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            raise
+
+
+def _exactly(samples: Tensor, count: int) -> Tensor:
+    """The last frame may outlast the sound by less than a frame."""
+    return torch.nn.functional.pad(samples, (0, count - samples.shape[1]))

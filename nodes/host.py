@@ -1,0 +1,175 @@
+"""What this process has once: the runtime, the streams that can be replayed, and the host's services for them.
+
+Node classes of the V3 API are stateless, so state lives here. Heavy imports happen inside functions: ComfyUI starts
+without waiting for them.
+"""
+
+import atexit
+import hashlib
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import folder_paths
+import torch
+from server import PromptServer
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from liveavatar_core.encoders.vae import WanVAE
+    from liveavatar_core.runtime.runtime import Runtime
+    from liveavatar_core.runtime.stream import LatentStream, StreamRequest
+
+MAX_STREAMS = 8  # whose latents stay on disk for decoding again
+MAX_SPOOL_BYTES = 4 * 1024**3  # about 80 minutes at full size
+
+_lock = threading.Lock()
+_runtime: "Runtime | None" = None
+_streams: "OrderedDict[str, LatentStream]" = OrderedDict()
+_vaes: "OrderedDict[str, WanVAE]" = OrderedDict()
+
+
+def runtime() -> "Runtime":
+    """The one runtime of this process; made when first asked for."""
+    from liveavatar_core.runtime.runtime import Runtime
+
+    global _runtime
+    with _lock:
+        if _runtime is None:
+            _runtime = Runtime(reserve)
+        return _runtime
+
+
+def reserve(device: str, nbytes: int) -> None:
+    """Ask the host to move its own models off a device before ours are put there."""
+    comfy.model_management.free_memory(nbytes, torch.device(device))
+    comfy.model_management.soft_empty_cache()
+
+
+def stream(key: str, request: "StreamRequest") -> "LatentStream":
+    """The stream of these inputs: a known one, with its finished latents, or a new one."""
+    from liveavatar_core.pipeline.spool import Spool
+    from liveavatar_core.runtime.stream import LatentStream
+
+    with _lock:
+        known = _streams.get(key)
+    if known is None:
+        from liveavatar_core.geometry import blocks_for
+
+        spool = Spool(_spool_folder() / f"{key}.latents", blocks_for(request.frames))
+        known = LatentStream(runtime(), request, spool)
+    with _lock:
+        _streams[key] = known
+        _streams.move_to_end(key)
+        held = sum(stream.spool.nbytes for stream in _streams.values())
+        while len(_streams) > 1 and (len(_streams) > MAX_STREAMS or held > MAX_SPOOL_BYTES):
+            _, oldest = _streams.popitem(last=False)
+            held -= oldest.spool.nbytes
+            oldest.spool.discard()
+    return known
+
+
+def _spool_folder() -> Path:
+    return Path(folder_paths.get_temp_directory()) / "liveavatar"
+
+
+@atexit.register
+def _drop_spools() -> None:
+    if _streams:
+        shutil.rmtree(_spool_folder(), ignore_errors=True)
+
+
+def wan_vae(host_vae, device: str) -> "WanVAE":
+    """The engine's streaming VAE with the weights of the host's VAE; the same object for the same weights."""
+    from liveavatar_core.encoders.vae import load_vae
+
+    state = host_vae.get_sd()
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    key = f"{fingerprint(state.values())} {device} {dtype}"
+    with _lock:
+        if key not in _vaes:
+            _vaes[key] = load_vae(state, dtype=dtype, device=device)
+            while len(_vaes) > 2:
+                _vaes.popitem(last=False)
+        _vaes.move_to_end(key)
+        return _vaes[key]
+
+
+class HostSpeechEncoder:
+    """The host's AUDIO_ENCODER as the engine wants it: normalised samples in, all hidden states out."""
+
+    def __init__(self, encoder) -> None:
+        self._encoder = encoder
+
+    def __call__(self, samples: Tensor) -> Tensor:
+        """(N,) float32 at 16 kHz -> (states, T50, D) float32."""
+        model = self._encoder.model
+        # The engine has normalised over the whole recording; doing it again per window would change loudness.
+        normalises, model.do_normalize = model.do_normalize, False
+        try:
+            encoded = self._encoder.encode_audio(samples.view(1, 1, -1), 16_000)
+        finally:
+            model.do_normalize = normalises
+        return torch.stack([state[0].float().cpu() for state in encoded["encoded_audio_all_layers"]])
+
+
+def unload() -> None:
+    """Free everything this pack holds on devices. Raises PlanError while a stream is running."""
+    if _runtime is not None:
+        _runtime.unload()
+    with _lock:
+        _vaes.clear()
+    comfy.model_management.soft_empty_cache()
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """Tells sets of weights apart by shapes and a sample of values of each tensor; cheap even for gigabytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // 64)
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def content_key(*parts: object) -> str:
+    """A key of everything given: tensors by all their bytes, other things by repr."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, Tensor):
+            digest.update(repr((tuple(part.shape), part.dtype)).encode())
+            digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def should_stop() -> bool:
+    return comfy.model_management.processing_interrupted()
+
+
+def say(node_id: str | None, text: str) -> None:
+    """Show a line of text in a node."""
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)
+
+
+def bytes_progress(node_id: str | None) -> Callable[[int, int], None]:
+    """Report loading in the node, and let an interrupt end it."""
+    last = -1
+
+    def report(done: int, total: int) -> None:
+        nonlocal last
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        percent = done * 100 // max(total, 1)
+        if percent != last:
+            last = percent
+            say(node_id, f"loading the model: {percent} %")
+
+    return report

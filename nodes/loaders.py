@@ -1,0 +1,125 @@
+"""Nodes that name what to use: model files, devices, precision. They load nothing, so a cached node holds no memory."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from liveavatar_core.config import PRECISIONS, LoraSpec, ModelSpec, RuntimeSpec
+
+from .types import CATEGORY, ModelSocket, RuntimeSocket
+
+NO_LORA = "none"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def _folder_models() -> dict[str, Path]:
+    """Checkpoints that are folders of shards, in the official layout; the host lists only files."""
+    found = {}
+    for root in folder_paths.get_folder_paths("diffusion_models") + folder_paths.get_folder_paths("liveavatar"):
+        for index in sorted(Path(root).glob(f"*/{INDEX}")):
+            found.setdefault(f"{index.parent.name}/", index.parent)
+    return found
+
+
+def _resolve(name: str) -> Path:
+    folders = _folder_models()
+    return folders[name] if name in folders else Path(folder_paths.get_full_path_or_raise("diffusion_models", name))
+
+
+class ModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiveAvatar_ModelLoader",
+            display_name="Live Avatar Model Loader",
+            category=CATEGORY,
+            description="Names the Wan2.2-S2V-14B checkpoint and the Live Avatar LoRA; they load when a video is made.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=[*_folder_models(), *folder_paths.get_filename_list("diffusion_models")],
+                    tooltip="Wan2.2-S2V-14B: a folder with the official shards (ends with /), or one safetensors file.",
+                ),
+                io.Combo.Input(
+                    "lora_name",
+                    options=[NO_LORA, *folder_paths.get_filename_list("loras")],
+                    default=NO_LORA,
+                    tooltip="liveavatar.safetensors. Without it the model was not trained for four steps.",
+                ),
+                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, advanced=True),
+                ModelSocket.Input(
+                    "base",
+                    optional=True,
+                    tooltip="Another Model Loader whose LoRAs are merged before this one.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[ModelSocket.Output("LIVEAVATAR_MODEL", display_name="model")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, lora_name, strength, base=None):
+        """Files that were replaced under the same name must run again."""
+        paths = [_resolve(model_name)]
+        if lora_name != NO_LORA:
+            paths.append(Path(folder_paths.get_full_path_or_raise("loras", lora_name)))
+        return stamps(paths)
+
+    @classmethod
+    def execute(cls, model_name, lora_name, strength, base=None) -> io.NodeOutput:
+        loras = () if base is None else base.loras
+        if lora_name != NO_LORA:
+            loras += (LoraSpec(Path(folder_paths.get_full_path_or_raise("loras", lora_name)), strength),)
+        return io.NodeOutput(ModelSpec(_resolve(model_name), loras))
+
+
+def stamps(paths: list[Path]) -> list[tuple[str, int, int]]:
+    """What changes when files are replaced under the same name; folders stand for the files in them."""
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+
+
+class RuntimeSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiveAvatar_Runtime",
+            display_name="Live Avatar Runtime",
+            category=CATEGORY,
+            description="Where and how the model runs. Without this node: ComfyUI's own device, automatic precision.",
+            inputs=[
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip="auto, or names separated by commas: cuda:0, cuda:1. A device may be named more than once.",
+                ),
+                io.Combo.Input(
+                    "plan",
+                    options=["auto", "single", "tpp", "ring"],
+                    default="auto",
+                    tooltip="single: one device. tpp: a share of the denoising steps per device, each holds the whole "
+                    "model. ring: a share of the layers per device, least memory. All give the same pictures.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    tooltip="auto: bf16 on GPUs, fp32 on a CPU. fp8: linear layers in 8 bits, half the memory.",
+                ),
+            ],
+            outputs=[RuntimeSocket.Output("LIVEAVATAR_RUNTIME", display_name="runtime")],
+        )
+
+    @classmethod
+    def execute(cls, devices, plan, precision) -> io.NodeOutput:
+        names = tuple(name.strip() for name in devices.split(",") if name.strip())
+        return io.NodeOutput(runtime_spec(names, plan, precision))
+
+
+def runtime_spec(devices: tuple[str, ...] = ("auto",), plan: str = "auto", precision: str = "auto") -> RuntimeSpec:
+    """`auto` is the device ComfyUI itself uses."""
+    import comfy.model_management
+
+    own = str(comfy.model_management.get_torch_device())
+    return RuntimeSpec(tuple(own if name == "auto" else name for name in devices), plan, precision)
