@@ -9,7 +9,7 @@ COMFYUI_PATH and COMFYUI_PYTHON use an existing ComfyUI and interpreter; LIVEAVA
 
 import sys
 
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 10):  # noqa: UP036 - said here in words, before an older Python meets newer syntax
     sys.exit(f"Python 3.10 or later is needed; this is {sys.version.split()[0]}.")
 
 from launch import LaunchError, demo, environment

@@ -126,7 +126,9 @@ def draw_eyes(canvas: Canvas) -> None:
         canvas.circle(x, 160.5, 8.6, IRIS)
         canvas.circle(x, 160.5, 4.2, INK)
         canvas.circle(x + 2.6, 157.4, 2.0, WHITE)
-    for lid in mirrored([(12, 162), (20, 152.5), (31, 148.5), (42, 152.5), (51, 159), (42, 156.5), (31, 153), (21, 156)]):
+    for lid in mirrored(
+        [(12, 162), (20, 152.5), (31, 148.5), (42, 152.5), (51, 159), (42, 156.5), (31, 153), (21, 156)]
+    ):
         canvas.shape(lid, INK)
 
 

@@ -33,7 +33,7 @@ class Client:
         await self._session.close()
 
     async def upload(self, path: Path) -> str:
-        """Put a picture or a sound into the server's input folder; returns the name that LoadImage and LoadAudio take."""
+        """Put a picture or a sound into the server's input folder; returns the name LoadImage and LoadAudio take."""
         form = aiohttp.FormData({"overwrite": "true"})
         with path.open("rb") as file:
             form.add_field("image", file, filename=path.name)
@@ -50,11 +50,13 @@ class Client:
             # Must be the first message, or previews come without saying which node they belong to.
             await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
             run = await self._queue(workflow)
+            outputs: dict[str, dict] = {}
             async for kind, data in _messages(socket, run):
                 on_event(kind, data)
-                if kind == "execution_success":
-                    history = await self._get_json(f"/history/{run}")
-                    return history[run]["outputs"]
+                if kind == "executed":  # also sent for an output that comes from the cache
+                    outputs[data["node"]] = data["output"] or {}
+                if kind == "execution_success":  # /history learns of the end a moment later
+                    return outputs
                 if kind == "execution_error":
                     reason = data["exception_message"].strip()
                     raise WorkflowFailed(f"{data['node_type']} (node {data['node_id']}): {reason}")
@@ -87,11 +89,6 @@ class Client:
         async with self._session.post(path, **content) as answer:
             if answer.status != 200 and answer.content_type != "application/json":
                 raise LaunchError(f"ComfyUI answered {answer.status} to {path}: {(await answer.text())[:200]}")
-            return await answer.json()
-
-    async def _get_json(self, path: str) -> dict:
-        async with self._session.get(path) as answer:
-            answer.raise_for_status()
             return await answer.json()
 
 

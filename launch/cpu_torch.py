@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-DECLARE_OPERATORS = '''"""Written by launch/cpu_torch.py: declares what torchvision's compiled part would have declared."""
+DECLARE_OPERATORS = '''"""Written by launch/cpu_torch.py: declares what torchvision's compiled part would declare."""
 import sys
 
 

@@ -124,7 +124,9 @@ def _make_python(cache: Path, comfyui: Path) -> Path:
     known_versions = CONSTRAINTS.read_text().splitlines() if sys.version_info >= (3, 11) else []
     constraints = [TORCH, *known_versions]
     fix = ROOT / "launch" / "cpu_torch.py"
-    recipe = "\n".join([sysconfig.get_platform(), sys.version, *BESIDE_TORCH, *requirements, *constraints, fix.read_text()])
+    recipe = "\n".join(
+        [sysconfig.get_platform(), sys.version, *BESIDE_TORCH, *requirements, *constraints, fix.read_text()]
+    )
     home = cache / f"python-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     stamp = home / "complete"

@@ -1,0 +1,37 @@
+// Opens ComfyUI's page in a headless Chromium and keeps a list of everything that went wrong on it.
+// Knows nothing of workflows. CHROMIUM is the browser's path, PLAYWRIGHT the folder of node_modules/playwright-core.
+
+import { createRequire } from 'node:module'
+import { join } from 'node:path'
+
+const { chromium } = createRequire(join(process.env.PLAYWRIGHT, 'package.json'))('playwright-core')
+
+// What the bare host says on every page, with no pack installed.
+const KNOWN_MESSAGES = [/ComfyApp graph accessed before initialization/, /^Failed to load resource/]
+const KNOWN_MISSING = [/^\/(api\/)?user\.css$/, /^\/(api\/)?userdata(\/|$)/, /^\/(api\/)?settings\//]
+
+export async function openPage(url, { viewport = { width: 1600, height: 900 } } = {}) {
+  const browser = await chromium.launch({
+    executablePath: process.env.CHROMIUM,
+    args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--proxy-server=direct://'],
+  })
+  const page = await browser.newPage({ viewport })
+  const problems = []
+  page.on('pageerror', (error) => problems.push(`uncaught: ${error}`))
+  page.on('console', (message) => {
+    const text = message.text()
+    if (message.type() === 'error' && !KNOWN_MESSAGES.some((known) => known.test(text))) problems.push(`console: ${text}`)
+  })
+  page.on('response', (response) => {
+    const { pathname } = new URL(response.url())
+    if (response.status() >= 400 && !KNOWN_MISSING.some((known) => known.test(pathname)))
+      problems.push(`${response.status()} ${pathname}`)
+  })
+  await page.goto(url, { waitUntil: 'domcontentloaded' })
+  await page.waitForFunction(
+    () => window.app?.extensionManager && window.app?.graph && window.LiteGraph?.registered_node_types?.SaveImage,
+    null,
+    { timeout: 120_000 },
+  )
+  return { page, problems, close: () => browser.close() }
+}
