@@ -195,33 +195,28 @@ class FeatureStream:
         index = frame_index(range(first, first + FRAMES_PER_BLOCK), self._length, self._fps)
         where = positions(index.clamp(min=0), self._hidden_length)
         window = where.long() // self._core
-        parts = []
-        for number in window[index >= 0].unique().tolist():
-            start, hidden = self._encode(number)
-            inside = (window == number) & (index >= 0)
-            parts.append(interpolate(hidden, where[inside] - start))
-        if not parts:
-            start, hidden = self._window[1:] if self._window else self._encode(0)
-            parts.append(hidden.new_zeros(hidden.shape[0], 0, hidden.shape[2], dtype=torch.float32))
-        sounding = torch.cat(parts, 1)
-        silent = sounding.new_zeros(sounding.shape[0], FRAMES_PER_BLOCK - sounding.shape[1], sounding.shape[2])
-        return torch.cat([sounding, silent], 1).transpose(1, 2)
+        sounding = index >= 0
+        numbers = window[sounding].unique().tolist() or [self._window[0] if self._window else 0]
+        parts = [self._read(number, where[sounding & (window == number)]) for number in numbers]
+        features = torch.cat(parts, 1)
+        silence = features.new_zeros(features.shape[0], FRAMES_PER_BLOCK - features.shape[1], features.shape[2])
+        return torch.cat([features, silence], 1).transpose(1, 2)
 
-    def _encode(self, number: int) -> tuple[int, Tensor]:
-        """First hidden state and hidden states (states, n, D) of a window, from memory if it was the last one."""
+    def _read(self, number: int, where: Tensor) -> Tensor:
+        """(states, n, D) at positions (n,) of a window, which is encoded unless it was the last one read."""
         if self._window is None or self._window[0] != number:
             self._window = None  # the old one's memory goes before the new one's comes
             start = max(0, number * self._core - self._context)
             end = min(self._hidden_length, (number + 1) * self._core + self._context)
-            samples = self._normalised(start, end)
-            hidden = self._encoder(samples)
+            hidden = self._encoder(self._normalised(start, end))
             if hidden.dim() != 3 or hidden.shape[1] != end - start:
                 raise WeightsError(
-                    f"the speech encoder gave {tuple(hidden.shape)} for {len(samples)} samples; (states, "
-                    f"{end - start}, width) is needed: choose a wav2vec2 encoder"
+                    f"the speech encoder gave {tuple(hidden.shape)} where (states, {end - start}, width) is needed; "
+                    "choose a wav2vec2 encoder"
                 )
             self._window = number, start, hidden
-        return self._window[1:]
+        _, start, hidden = self._window
+        return interpolate(hidden, where - start)
 
     def _normalised(self, start: int, end: int) -> Tensor:
         """Samples of hidden states start..end-1, with the mean and variance of the whole removed."""
