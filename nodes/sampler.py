@@ -128,7 +128,7 @@ class ChunkedSampler(io.ComfyNode):
             features=FeatureStream(
                 to_speech(speech.waveform, speech.sample_rate),
                 host.HostSpeechEncoder(speech.encoder),
-                speech.fps,
+                fps=speech.fps,
                 lead_frames=lead,
             ),
             vae=host.wan_vae(vae, spec.devices[-1]),
