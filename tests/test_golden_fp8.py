@@ -61,6 +61,7 @@ def test_outputs(golden, agree) -> None:
         assert y.dtype == want.dtype
         agree("fp8", f"{case} y", y, want, BF16_STEP)
         assert bf16_steps(y, want) <= 1, case
+        assert torch.equal(y, y.bfloat16().to(y.dtype)), f"{case}: not rounded to bf16"
 
 
 def bf16_steps(a: Tensor, b: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,14 @@ def test_lora_is_merged_before_the_weight_is_quantised(demo: DemoFiles) -> None:
     expected.store(want)
     assert torch.equal(linear.weight.view(torch.uint8), expected.weight.view(torch.uint8))
     assert not any(parameter.is_meta for parameter in packed.parameters())
+
+
+def test_lora_of_another_model_is_refused_before_anything_is_read(demo: DemoFiles, monkeypatch) -> None:
+    other = replace(DEMO_CONFIG, ffn_dim=2 * DEMO_CONFIG.ffn_dim)
+    with open_weights(demo.shards) as reader, open_lora(demo.lora) as lora:
+        monkeypatch.setattr(reader, "get", None)
+        with pytest.raises(WeightsError, match="LoRA of another model: 40 of this model's 48 modules match"):
+            load_dit(reader, other, loras=[lora], **CPU)
 
 
 def test_missing_path(tmp_path: Path) -> None:
