@@ -14,14 +14,14 @@ from pathlib import Path
 from . import ROOT, LaunchError
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
+PORTRAIT, SPEECH = ROOT / "assets" / "portrait.png", ROOT / "assets" / "speech.wav"
 OUT = ROOT / "out"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.py demo", description="Make a talking video with the demo model.")
-    picture, sound = ROOT / "assets" / "portrait.png", ROOT / "assets" / "speech.wav"
-    parser.add_argument("--image", type=Path, default=picture, metavar="FILE", help="portrait; default: %(default)s")
-    parser.add_argument("--audio", type=Path, default=sound, metavar="FILE", help="speech; default: %(default)s")
+    parser.add_argument("--image", type=Path, default=PORTRAIT, metavar="FILE", help="portrait; default: %(default)s")
+    parser.add_argument("--audio", type=Path, default=SPEECH, metavar="FILE", help="speech; default: %(default)s")
     parser.add_argument("--prompt", metavar="TEXT", help="what the picture shows; default: the workflow's")
     parser.add_argument("--seconds", type=float, metavar="N", help="use only the first N seconds of the speech")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the mp4 goes; default: a new file in out/")
@@ -81,6 +81,8 @@ async def make_video(url: str, options: argparse.Namespace) -> Path:
     from .client import Client
 
     async with Client(url) as client:
+        for asset in (PORTRAIT, SPEECH):  # what the workflow names when it is opened in the browser
+            await client.upload(asset)
         values: dict[tuple[str, str], object] = {
             ("LoadImage", "image"): await client.upload(options.image),
             ("LoadAudio", "audio"): await client.upload(options.audio),
@@ -113,7 +115,7 @@ def describe(path: Path) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    from .comfy import Comfy
+    from .comfy import PACK, Comfy
 
     start = time.monotonic()
     print("Starting ComfyUI", flush=True)
@@ -125,8 +127,9 @@ def run(options: argparse.Namespace) -> None:
         path = asyncio.run(make_video(server.url, options))
         print(f"{path}\n{describe(path)}", flush=True)
         if options.open:
-            print(f"Opening {server.url} (results go to {OUT}); press Ctrl-C here to stop ComfyUI.", flush=True)
-            webbrowser.open(server.url)
+            page = f"{server.url}/?template=demo&source={PACK}"
+            print(f"Opening {page}\nResults go to {OUT}; press Ctrl-C here to stop ComfyUI.", flush=True)
+            webbrowser.open(page)
             server.wait()
 
 

@@ -23,7 +23,8 @@ def test_pack_loads(server) -> None:
 
 def test_demo_workflow_makes_a_video_with_sound(run_workflow) -> None:
     workflow = demo.patch(
-        json.loads((WORKFLOWS / "api" / "demo.json").read_text(encoding="utf-8")), {("LiveAvatar_AudioEncoder", "seconds"): SECONDS}
+        json.loads((WORKFLOWS / "api" / "demo.json").read_text(encoding="utf-8")),
+        {("LiveAvatar_AudioEncoder", "seconds"): SECONDS},
     )
     run = run_workflow(workflow)
     (content,) = (content for name, content in run.files.items() if name.endswith(".mp4"))
