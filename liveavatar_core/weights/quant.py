@@ -20,14 +20,15 @@ _KEPT = (  # parts of module names that stay in the model's dtype
 
 
 def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(e4m3 values of x's shape, dequantisation factor () float32): x is about values * factor.
+    """(e4m3 values of x's shape, dequantisation factor (1,) float32): x is about values * factor.
 
     The scale is capped at 448, so a tensor within ±1 uses only part of the fp8 range, as in the original.
     """
-    largest = x.abs().amax().float().clamp(min=1e-12)
-    scale = (_LARGEST / largest).clamp(max=_LARGEST)
-    # A 0-dim scale keeps the product in x's dtype: it is rounded there before the cast, as the original's is.
-    return (x * scale).clamp(-_LARGEST, _LARGEST).to(FP8), 1 / scale
+    largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).clamp(min=1.0).reshape(1)
+    scale = _LARGEST / largest
+    # One element, not 0-dim: a card would round a 0-dim scale to bf16, but not the factor that undoes it. The product
+    # is rounded to x's dtype before the cast, as the original's is; it needs no clamp: at most 448 and a rounding, which the cast takes off.
+    return (x * scale).to(x.dtype).to(FP8), 1 / scale
 
 
 class Fp8Linear(nn.Module):
@@ -38,7 +39,7 @@ class Fp8Linear(nn.Module):
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, dtype=FP8, device=device), requires_grad=False
         )
-        self.weight_scale = nn.Parameter(torch.ones((), device=device), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.ones(1, device=device), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device), requires_grad=False)
 
     def store(self, weight: Tensor) -> None:
