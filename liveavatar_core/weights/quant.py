@@ -27,7 +27,7 @@ def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).clamp(min=1.0).reshape(1)
     scale = _LARGEST / largest
     # One element, not 0-dim: a card would round a 0-dim scale to bf16, but not the factor that undoes it. The product
-    # is rounded to x's dtype before the cast, as the original's is; it needs no clamp: at most 448 and a rounding, which the cast takes off.
+    # is rounded to x's dtype before the cast, as the original's is; the cast rounds whatever exceeds 448 back to it.
     return (x * scale).to(x.dtype).to(FP8), 1 / scale
 
 
