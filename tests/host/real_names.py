@@ -1,12 +1,12 @@
 """Puts the demo model's tiny files where a user has the real ones, under the names that the workflows ask for."""
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 from liveavatar_core.demo import DemoFiles, write_demo
 
-# Stock loaders and ours: input name -> models folder, and which demo file stands in for the real one.
+# Inputs of the loaders, ComfyUI's and ours: the folder of models they look in, and the demo's stand-in.
 STAND_INS = {
     "clip_name": ("text_encoders", lambda demo: demo.text_encoder),
     "vae_name": ("vae", lambda demo: demo.vae),
@@ -21,10 +21,9 @@ def furnish_models(models: Path, workflows: Path) -> dict[str, dict[str, int]]:
     demo = write_demo(models)
     for workflow in sorted(workflows.glob("*.json")):
         for node in json.loads(workflow.read_text(encoding="utf-8")).values():
-            for name, value in node["inputs"].items():
-                if name in STAND_INS and str(value).endswith(".safetensors"):
-                    folder, stand_in = STAND_INS[name]
-                    _place(stand_in(demo), models / folder / value)
+            for name in STAND_INS.keys() & node["inputs"].keys():
+                folder, stand_in = STAND_INS[name]
+                _place(stand_in(demo), demo.shards, models / folder, node["inputs"][name])
     return _sizes(demo)
 
 
@@ -40,7 +39,12 @@ def _sizes(demo: DemoFiles) -> dict[str, dict[str, int]]:
     }
 
 
-def _place(source: Path, target: Path) -> None:
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.link(source, target)
+def _place(file: Path, shards: Path, folder: Path, name: str) -> None:
+    """`name` is a file, or with a slash at its end a folder of shards; "none" and the like are left alone."""
+    if (folder / name).exists():
+        return
+    if name.endswith("/"):
+        shutil.copytree(shards, folder / name)
+    elif name.endswith(".safetensors"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
