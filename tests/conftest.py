@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.weights.layout import infer_config
 
+# Tiny models gain nothing from a second thread and lose a lot to it when the machine is busy.
+torch.set_num_threads(1)
+
 HERE = Path(__file__).parent
 _rows: list[tuple[str, str, float, float]] = []
 

@@ -1,5 +1,6 @@
 """Finished latents on disk, to be decoded again without being made again. 0.4 MB a block at full size."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,6 @@ class Spool:
                 file.write(latent.view(torch.uint8).numpy().tobytes())
         except OSError as error:
             log.warning("latents cannot be kept for decoding again: %s", error)
-            self._written = 0
             self.discard()
         else:
             self._written = block + 1
@@ -53,4 +53,5 @@ class Spool:
 
     def discard(self) -> None:
         self._written = 0
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.unlink()

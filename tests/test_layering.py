@@ -1,0 +1,70 @@
+"""Who may import whom, read off the source; and what importing the engine must not drag in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CORE = ROOT / "liveavatar_core"
+
+RANKS = [
+    {"errors"},
+    {"geometry"},
+    {"config"},
+    {"model", "sampling", "io"},
+    {"types", "encoders"},
+    {"weights"},
+    {"pipeline", "demo"},
+    {"runtime"},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "server", "nodes", "folder_paths", "execution"}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+CORE_FILES = sorted(CORE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=lambda path: str(path.relative_to(CORE)))
+def test_the_core_imports_only_downwards(path):
+    own = path.relative_to(CORE).parts[0].removesuffix(".py")
+    for module in imports(path):
+        assert not module.startswith("."), f"{path.name} imports {module} relatively; workers need real names"
+        top, _, rest = module.partition(".")
+        assert top not in HOST, f"{path.name} imports the host's {module}"
+        if top == "liveavatar_core" and rest:
+            other = rest.split(".")[0]
+            assert other == own or RANK[other] < RANK[own], f"{own} (rank {RANK[own]}) must not import {other}"
+
+
+def test_the_plan_knows_no_torch():
+    code = "import sys, liveavatar_core.pipeline.plan, liveavatar_core.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_nodes_leave_the_model_alone():
+    for path in sorted((ROOT / "nodes").glob("*.py")):
+        for module in imports(path):
+            assert not module.startswith("liveavatar_core.model"), f"{path.name} reaches into {module}"
+
+
+def test_no_side_doors():
+    """No code is downloaded, built from text, or run in a shell."""
+    for path in [*CORE_FILES, *(ROOT / "nodes").glob("*.py"), ROOT / "__init__.py"]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec"), f"{path.name} calls {node.func.id}"
+        assert not imports(path) & {"subprocess", "urllib.request", "requests", "huggingface_hub"}, path.name
