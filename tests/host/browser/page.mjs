@@ -28,9 +28,9 @@ export async function openPage(url, { viewport = { width: 1600, height: 900 } } 
     if (message.type() === 'error' && !KNOWN_MESSAGES.some((known) => known.test(text))) problems.push(`console: ${text}`)
   })
   page.on('response', (response) => {
-    const { pathname } = new URL(response.url())
+    const { pathname, search } = new URL(response.url())
     if (response.status() >= 400 && !KNOWN_MISSING.some((known) => known.test(pathname)))
-      problems.push(`${response.status()} ${pathname}`)
+      problems.push(`${response.status()} ${pathname}${search}`)
   })
   await page.goto(url, { waitUntil: 'domcontentloaded' })
   await page.waitForFunction(
