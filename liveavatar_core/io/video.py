@@ -59,7 +59,6 @@ class VideoWriter:
         self._picture.width, self._picture.height, self._picture.pix_fmt = width, height, "yuv420p"
         context = self._picture.codec_context
         context.color_primaries = context.color_trc = context.colorspace = BT709
-        context.color_range = LIMITED
 
     def _add_sound(self) -> av.AudioStream:
         rate = self._sample_rate if self._sample_rate in SOUND_RATES else OTHER_RATE
