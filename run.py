@@ -1,7 +1,7 @@
 """The project's command line. Makes what it needs on first use; everything goes to the cache folder and out/.
 
     python run.py demo [--image FILE] [--audio FILE] [--prompt TEXT] [--seconds N] [--open]
-    python run.py test [arguments of pytest]
+    python run.py test [arguments of pytest, with paths as seen from this folder]
 
 `demo` starts a headless ComfyUI and makes a talking video of the pictures and sounds in assets/, or of your own.
 COMFYUI_PATH and COMFYUI_PYTHON use an existing ComfyUI and interpreter; LIVEAVATAR_CACHE moves the cache folder.

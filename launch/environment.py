@@ -115,7 +115,7 @@ def _chosen_python() -> Path | None:
     missing = subprocess.run([python, "-c", program], capture_output=True, text=True).stdout.strip()
     if missing:
         raise LaunchError(f"COMFYUI_PYTHON lacks {missing}; install with: {python} -m pip install {missing}")
-    return Path(python)
+    return Path(os.path.abspath(python))  # not resolved: a link in a virtual environment is what makes it one
 
 
 def _make_python(cache: Path, comfyui: Path) -> Path:

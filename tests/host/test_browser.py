@@ -6,11 +6,19 @@ import pytest
 from conftest import SECONDS_PER_WORKFLOW, WORKFLOWS
 
 
+PAGES = sorted(WORKFLOWS.glob("*.json"))
+
+
 def without_titles(workflow: dict) -> dict:
     return {node_id: {key: node[key] for key in ("class_type", "inputs")} for node_id, node in workflow.items()}
 
 
-@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_workflow_has_its_api_form() -> None:
+    assert PAGES, "workflows/ holds no workflow"
+    assert {path.name for path in PAGES} == {path.name for path in (WORKFLOWS / "api").glob("*.json")}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_workflow_opens_exports_and_runs(path, server, browse, artefacts) -> None:
     seen = browse("check_workflow.mjs", server.url, path, artefacts, SECONDS_PER_WORKFLOW)
     print(f"screenshots in {artefacts}")
