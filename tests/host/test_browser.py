@@ -3,7 +3,11 @@
 import json
 
 import pytest
-from conftest import SECONDS_PER_WORKFLOW, WORKFLOWS
+
+from launch import ROOT
+
+WORKFLOWS = ROOT / "workflows"
+SECONDS_PER_WORKFLOW = 600
 
 
 PAGES = sorted(WORKFLOWS.glob("*.json"))

@@ -6,7 +6,6 @@ import urllib.request
 
 import av
 import pytest
-from conftest import WORKFLOWS
 
 from launch import demo
 from launch.client import WorkflowFailed
@@ -23,7 +22,7 @@ def test_pack_loads(server) -> None:
 
 def test_demo_workflow_makes_a_video_with_sound(run_workflow) -> None:
     workflow = demo.patch(
-        json.loads((WORKFLOWS / "api" / "demo.json").read_text(encoding="utf-8")),
+        json.loads(demo.WORKFLOW.read_text(encoding="utf-8")),
         {("LiveAvatar_AudioEncoder", "seconds"): SECONDS},
     )
     run = run_workflow(workflow)
