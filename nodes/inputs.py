@@ -33,8 +33,7 @@ class ImageLoader(io.ComfyNode):
                     "file",
                     options=[CONNECTED, *sorted(folder_paths.filter_files_content_types(files, ["image"]))],
                     default=CONNECTED,
-                    upload=io.UploadType.image,
-                    tooltip="A picture from the input folder, or the image connected below.",
+                    tooltip="A picture from the input folder, or the connected image (Load Image can upload one).",
                 ),
                 io.Combo.Input(
                     "size",
