@@ -173,9 +173,10 @@ class AudioEncoder(io.ComfyNode):
         waveform = audio["waveform"][0].float().cpu()
         if seconds:
             waveform = waveform[:, : round(seconds * rate)]
-        check_sound(waveform, rate)
+        warnings = check_sound(waveform, rate)
         speech = Speech(waveform, rate, audio_encoder, fps)
-        host.say(cls.hidden.unique_id, f"{speech.seconds:.2f} s of sound, {frames_for(speech.seconds, fps)} frames")
+        length = f"{speech.seconds:.2f} s of sound, {frames_for(speech.seconds, fps)} frames"
+        host.say(cls.hidden.unique_id, "\n".join([length, *warnings]))
         return io.NodeOutput(speech)
 
 
