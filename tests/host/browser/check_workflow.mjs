@@ -29,12 +29,22 @@ const opened = await page.evaluate(async ([workflow, name]) => {
 }, [JSON.parse(readFileSync(file, 'utf8')), name])
 await page.waitForTimeout(1000) // the fitted view is animated
 await shoot('opened')
+await makeSmall()
 
 const run = await pressRun()
 await page.waitForTimeout(1000)
 await shoot('finished')
 await close()
 console.log(JSON.stringify({ ...opened, ...run, problems }))
+
+// Full size takes a GPU; a person without one would choose a small picture and a short sound, in the same widgets.
+async function makeSmall() {
+  await page.evaluate(() => {
+    const small = { LiveAvatar_ImageLoader: { width: 96, height: 64 }, LiveAvatar_AudioEncoder: { seconds: 1 } }
+    for (const node of app.graph.nodes)
+      for (const widget of node.widgets ?? []) widget.value = small[node.type]?.[widget.name] ?? widget.value
+  })
+}
 
 async function pressRun() {
   const [answer] = await Promise.all([
