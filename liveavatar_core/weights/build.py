@@ -4,7 +4,7 @@ Only what a stage needs is read; each tensor is cast, merged and quantised alone
 host nor device ever holds a second copy of the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,17 @@ def empty_dit(config: ModelConfig, layers: range | None = None) -> CausalDiT:
         return CausalDiT(config, layers)
 
 
+def planned_dit(config: ModelConfig, layers: range | None = None, *, dtype: torch.dtype, fp8: bool) -> CausalDiT:
+    """The DiT, or its part for `layers`, on the meta device, every tensor in the dtype it will have once loaded."""
+    model = empty_dit(config, layers)
+    if fp8:
+        quantise_linears(model)
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32 and not _keeps_float32(name):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def load_dit(
     reader: WeightReader,
     config: ModelConfig,
@@ -59,36 +70,56 @@ def load_dit(
     `fp8`, the linears that `quantise_linears` converts. LoRAs are checked against the whole model and merged first.
     Raises WeightsError when the checkpoint lacks names or shapes of this model, or has others.
     """
-    for lora in loras:
-        lora.check(config)
-    _check_names(reader, empty_dit(config))
-    model = empty_dit(config, layers)
-    needed = list(model.state_dict())
-    if fp8:
-        quantise_linears(model)
-    total = sum(_bytes(reader.infos()[name]) for name in needed)
-    done = 0
-    for name in needed:
+    model = planned_dit(config, layers, dtype=dtype, fp8=fp8)
+    for name, tensor in prepared(reader, model, loras=loras, device=device, progress=progress):
         module, _, part = name.rpartition(".")
-        tensor = reader.get(name).to(device, torch.float32 if _keeps_float32(name) else dtype)
-        if part == "weight":
-            tensor = merge(tensor, module, loras)
-        _put(model.get_submodule(module), part, tensor)
-        done += _bytes(reader.infos()[name])
-        if progress is not None:
-            progress(done, total)
+        setattr(model.get_submodule(module), part, nn.Parameter(tensor, requires_grad=False))
     return model.eval().requires_grad_(False)
 
 
-def _put(module: nn.Module, part: str, tensor: Tensor) -> None:
-    if isinstance(module, Fp8Linear) and part == "weight":
-        module.store(tensor)
-    else:
-        setattr(module, part, nn.Parameter(tensor, requires_grad=False))
+def prepared(
+    reader: WeightReader,
+    model: CausalDiT,
+    *,
+    loras: Sequence[Lora] = (),
+    device: torch.device | str,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a `planned_dit` by its name there: read, merged, cast and quantised on `device`, one at a time.
+
+    Raises WeightsError as `load_dit` does, before anything is read.
+    """
+    for lora in loras:
+        lora.check(model.config)
+    _check_names(reader, empty_dit(model.config))
+    infos = reader.infos()
+    needed = list(empty_dit(model.config, model.layers).state_dict())
+    total = sum(_bytes(infos[name]) for name in needed)
+    done = 0
+    for name in needed:
+        module, _, part = name.rpartition(".")
+        owner = model.get_submodule(module)
+        if isinstance(owner, Fp8Linear) and part == "weight":
+            # A bias, too, has the dtype that the weight had before it was quantised.
+            weight = merge(reader.get(name).to(device, owner.bias.dtype), module, loras)
+            yield from ((f"{module}.{key}", tensor) for key, tensor in _quantised(weight).items())
+        else:
+            tensor = reader.get(name).to(device, getattr(owner, part).dtype)
+            yield name, merge(tensor, module, loras) if part == "weight" else tensor
+        done += _bytes(infos[name])
+        if progress is not None:
+            progress(done, total)
+
+
+def _quantised(weight: Tensor) -> dict[str, Tensor]:
+    """What an Fp8Linear keeps of a weight (out, in): all its tensors but the bias."""
+    linear = Fp8Linear(*reversed(weight.shape), device="meta")
+    linear.store(weight)
+    return {key: tensor for key, tensor in linear.state_dict().items() if key != "bias"}
 
 
 def _keeps_float32(name: str) -> bool:
-    return name.startswith(_FLOAT32) or name.endswith(".modulation")
+    return name.startswith(_FLOAT32) or name.endswith((".modulation", ".weight_scale"))
 
 
 def _bytes(info: TensorInfo) -> int:
