@@ -3,10 +3,15 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
-/** The frontend keeps a running node's last preview, which would cover the finished video for good. */
+/** The frontend keeps a running node's last preview, which would stand before the finished video for good. */
 function dropPreview({ detail }) {
   const id = detail.display_node ?? detail.node;
-  if (app.graph.getNodeById(id)?.comfyClass === "LiveAvatar_Decode") delete app.nodePreviewImages[id];
+  const node = app.graph.getNodeById(id);
+  if (node?.comfyClass !== "LiveAvatar_Decode") return;
+  delete app.nodePreviewImages[id];
+  node.imgs = undefined;
+  const preview = node.widgets?.find((widget) => widget.name === "$$canvas-image-preview");
+  if (preview) node.removeWidget(preview);
 }
 
 app.registerExtension({
