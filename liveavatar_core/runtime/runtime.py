@@ -5,7 +5,7 @@ Nothing loads before a stream needs it, and everything held dies in `unload`.
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -19,8 +19,9 @@ from liveavatar_core.pipeline.plan import Plan, choose
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
+from liveavatar_core.runtime.memory import MemoryPlan, check, plan_memory, table, weight_bytes
 from liveavatar_core.types import BlockRequest, Conditioning
-from liveavatar_core.weights.build import empty_dit, load_dit
+from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.lora import open_lora
 from liveavatar_core.weights.reader import open_weights
@@ -40,18 +41,19 @@ def inspect_model(model: ModelSpec) -> ModelConfig:
     return config
 
 
-def work_dtype(precision: str, device: str) -> torch.dtype:
-    """Of activations, caches and unquantised weights."""
-    on_cpu = torch.device(device).type == "cpu"
-    return torch.float32 if precision == "fp32" or (precision == "auto" and on_cpu) else torch.bfloat16
-
-
 class Runtime:
     """Ordinary class; the host keeps the one instance of its process."""
 
-    def __init__(self, reserve: Callable[[str, int], None] = lambda device, nbytes: None) -> None:
-        """`reserve(device, nbytes)` is called before weights are put on a device, so that the host can make room."""
-        self._reserve = reserve
+    def __init__(
+        self,
+        reserve: Callable[[str, int], None] = lambda device, nbytes: None,
+        free: Callable[[Iterable[str]], Mapping[str, int]] | None = None,
+    ) -> None:
+        """`reserve(device, nbytes)` is called before a device is used, so that the host can make room.
+
+        `free(devices)` gives the bytes there are then; `free_memory`, which knows CUDA devices, if None.
+        """
+        self._reserve, self._free = reserve, free or free_memory
         self._models: dict[tuple[str, range], CausalDiT] = {}
         self._resident: tuple[ModelSpec, str] | None = None  # model and precision of what is loaded
         self._streaming = threading.Lock()
@@ -69,9 +71,20 @@ class Runtime:
         return held
 
     def ensure(
-        self, model: ModelSpec, config: ModelConfig, spec: RuntimeSpec, steps: int, progress: Progress | None = None
+        self,
+        model: ModelSpec,
+        config: ModelConfig,
+        spec: RuntimeSpec,
+        steps: int,
+        progress: Progress | None = None,
+        *,
+        geometry: Geometry | None = None,
     ) -> Plan:
-        """Make exactly the parts resident that a stream needs; keep those that already are."""
+        """Make exactly the parts resident that a stream needs; keep those that already are.
+
+        With the stream's `geometry`, its whole memory is planned, logged and asked for before anything is loaded, and
+        PlanError says what would fit if it does not. Without, only the weights are asked for.
+        """
         _check_devices(spec.devices)
         plan = choose(spec.plan, steps, config.layers, spec.devices)
         if self._resident != (model, spec.precision):
@@ -79,10 +92,21 @@ class Runtime:
         needed = {(stage.device, stage.layers) for stage in plan.stages}
         for part in [part for part in self._models if part not in needed]:
             del self._models[part]
+        if geometry is not None:
+            self._make_room(plan_memory(config, geometry, plan, spec.precision, decoder=spec.devices[-1]))
         for part in sorted(needed - self._models.keys(), key=str):
             self._models[part] = self._load(model, config, part, spec.precision, progress)
         self._resident = (model, spec.precision)
         return plan
+
+    def _make_room(self, memory: MemoryPlan) -> None:
+        """Ask the host for what the plan takes beyond the weights already here, then look whether it is there."""
+        held = self.nbytes
+        for device in memory.devices:
+            self._reserve(device, memory.on(device) - held.get(device, 0))
+        free = {device: nbytes + held.get(device, 0) for device, nbytes in self._free(memory.devices).items()}
+        log.info("memory plan\n%s", table(memory, free))
+        check(memory, free)
 
     def _load(
         self, model: ModelSpec, config: ModelConfig, part: tuple[str, range], precision: str, progress: Progress | None
@@ -92,8 +116,7 @@ class Runtime:
         with ExitStack() as files:
             reader = files.enter_context(open_weights(model.checkpoint))
             loras = [files.enter_context(open_lora(spec.path, spec.strength)) for spec in model.loras]
-            parameters = sum(tensor.numel() for tensor in empty_dit(config, layers).state_dict().values())
-            self._reserve(device, parameters * (1 if precision == "fp8" else dtype.itemsize))
+            self._reserve(device, weight_bytes(config, layers, precision, device))
             dit = load_dit(
                 reader,
                 config,
@@ -143,6 +166,16 @@ class Runtime:
         self._resident = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def free_memory(devices: Iterable[str]) -> dict[str, int]:
+    """Bytes that may be taken on each CUDA device among them, the allocator's unused blocks included."""
+    free = {}
+    for name in devices:
+        if torch.device(name).type == "cuda":
+            unused = torch.cuda.memory_reserved(name) - torch.cuda.memory_allocated(name)
+            free[name] = torch.cuda.mem_get_info(name)[0] + unused
+    return free
 
 
 def _check_devices(devices: tuple[str, ...]) -> None:

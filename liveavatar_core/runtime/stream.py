@@ -63,7 +63,9 @@ class LatentStream:
             yield from self.spool.read()
             return
         request = self.request
-        plan = self._runtime.ensure(request.model, self.config, request.runtime, request.sampling.steps, progress)
+        plan = self._runtime.ensure(
+            request.model, self.config, request.runtime, request.sampling.steps, progress, geometry=self.geometry
+        )
         conditioning = Conditioning(request.text, *self.portrait)
         latents = self._runtime.latents(
             plan, self.geometry, request.sampling, conditioning, self._block, self.blocks, should_stop

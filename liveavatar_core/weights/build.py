@@ -42,6 +42,12 @@ def empty_dit(config: ModelConfig, layers: range | None = None) -> CausalDiT:
         return CausalDiT(config, layers)
 
 
+def work_dtype(precision: str, device: str) -> torch.dtype:
+    """Of activations, caches and unquantised weights; `precision` as in RuntimeSpec."""
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.float32 if precision == "fp32" or (precision == "auto" and on_cpu) else torch.bfloat16
+
+
 def planned_dit(config: ModelConfig, layers: range | None = None, *, dtype: torch.dtype, fp8: bool) -> CausalDiT:
     """The DiT, or its part for `layers`, on the meta device, every tensor in the dtype it will have once loaded."""
     model = empty_dit(config, layers)

@@ -1,0 +1,299 @@
+"""The memory plan: against the published model's figures, and against every byte that a real stage holds."""
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, SamplingConfig
+from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, vae_shapes, write_demo
+from liveavatar_core.encoders.vae import StreamDecoder, read_vae
+from liveavatar_core.errors import PlanError
+from liveavatar_core.geometry import Geometry
+from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.pipeline.plan import PREFILL, Plan, choose
+from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.runtime.memory import (
+    AREAS,
+    ESTIMATED,
+    GIB,
+    WAN_VAE,
+    MemoryPlan,
+    VaeSize,
+    alternatives,
+    check,
+    plan_memory,
+    table,
+)
+from liveavatar_core.runtime.runtime import Runtime
+from liveavatar_core.types import BlockRequest, Payload
+from liveavatar_core.weights.build import load_dit, work_dtype
+from liveavatar_core.weights.reader import open_weights
+
+GB = 1e9  # the specification counts in these
+FULL = Geometry(384, 704)
+SMALL = Geometry(64, 96)
+# Of time embedding, time projection, audio encoder, head and modulation: these compute in float32 (SPEC 7.2).
+FLOAT32_PARAMETERS = 27_535_360 + 157_317_120 + 95_051_545 + (64 * 5121 + 2 * 5120) + 40 * 6 * 5120
+FP8_WEIGHTS, FP8_LINEARS = 15_938_355_200, 460
+
+
+def planned(precision: str = "bf16", plan: str = "single", devices: int = 1, geometry: Geometry = FULL) -> MemoryPlan:
+    names = [f"cuda:{i}" for i in range(devices)]
+    cut = choose(plan, 4, LIVE_AVATAR_14B.layers, names)
+    return plan_memory(LIVE_AVATAR_14B, geometry, cut, precision, decoder=names[-1])
+
+
+def part(memory: MemoryPlan, name: str, stage: int | None = 0) -> int:
+    return sum(part.nbytes for part in memory.parts if (part.name, part.stage) == (name, stage))
+
+
+def test_weights_of_the_published_model():
+    bf16, fp8 = part(planned("bf16"), "weights"), part(planned("fp8"), "weights")
+    assert bf16 == 2 * 16_295_755_609 + 2 * FLOAT32_PARAMETERS
+    assert fp8 == bf16 - FP8_WEIGHTS + 4 * FP8_LINEARS
+    assert (bf16 - 2 * FLOAT32_PARAMETERS) / GB == pytest.approx(32.592, rel=1e-4)
+    assert (fp8 - 2 * FLOAT32_PARAMETERS) / GB == pytest.approx(16.65, rel=1e-3)
+
+
+def test_caches_of_the_published_model():
+    """SPEC 4.9 and 8.1: 10.38 GB per step, condition 2.16 GB, which every step's cache begins with."""
+    memory = planned()
+    assert part(memory, "block caches") / 4 / GB == pytest.approx(10.38 + 2.16, rel=1e-3)
+    assert part(memory, "attention sink") / GB == pytest.approx(2.16 + 0.43, rel=5e-3)  # and 1056 old reference keys
+    assert part(memory, "text and tables") / GB == pytest.approx(0.42, rel=0.01)
+    assert part(planned(plan="tpp", devices=4), "block caches", 2) == part(memory, "block caches") / 4
+
+
+@pytest.mark.parametrize(("devices", "bf16", "fp8"), [(2, 39, 31), (4, 19.5, 15.5), (8, 10, 8)])
+def test_layer_ring_sums(devices: int, bf16: float, fp8: float):
+    """SPEC 8.4's sums per card, with its two condition versions; ours hold a copy of the sink per step instead."""
+    for precision, want in (("bf16", bf16), ("fp8", fp8)):
+        memory = planned(precision, "ring", devices)
+        own = 2 * FLOAT32_PARAMETERS + 4 * 2.16 * GB  # over all cards
+        held = sum(
+            sum(part(memory, name, i) for name in ("weights", "block caches", "attention sink")) for i in range(devices)
+        )
+        assert (held - own) / devices / GB == pytest.approx(want, rel=0.05), precision
+
+
+def test_vae_of_the_published_model():
+    memory = planned()
+    assert part(memory, "VAE weights", None) / GB == pytest.approx(0.25, rel=0.02)
+    assert part(memory, "VAE caches", None) / GB == pytest.approx(1.28, rel=2e-3)  # SPEC 6.2
+    assert WAN_VAE.parameters == sum(torch.Size(shape).numel() for shape in vae_shapes(WAN_VAE.width).values())
+
+
+def test_parts_are_where_the_plan_puts_them():
+    memory = planned("bf16", "tpp", 2)
+    assert memory.devices == ("cuda:0", "cuda:1")
+    assert memory.on("cuda:0", "VAE weights") == 0 < memory.on("cuda:1", "VAE weights")
+    assert memory.total == memory.on("cuda:0") + memory.on("cuda:1")
+    shared = plan_memory(LIVE_AVATAR_14B, FULL, choose("tpp", 4, 40, ["cuda:0"] * 4), "bf16", decoder="cuda:0")
+    assert shared.on("cuda:0", "weights") == memory.on("cuda:0", "weights"), "stages with equal layers share them"
+    assert shared.on("cuda:0", "block caches") == part(planned(), "block caches")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFiles:
+    return write_demo(tmp_path_factory.mktemp("models") / "demo")
+
+
+def tensors(owner: object, seen: set[int]) -> Iterator[Tensor]:
+    """Every tensor that an object keeps alive, models apart."""
+    if id(owner) in seen or isinstance(owner, nn.Module | type | str | int | float):
+        return
+    seen.add(id(owner))
+    if isinstance(owner, Tensor):
+        yield owner
+    elif isinstance(owner, dict):
+        for value in owner.values():
+            yield from tensors(value, seen)
+    elif isinstance(owner, list | tuple):
+        for value in owner:
+            yield from tensors(value, seen)
+    else:
+        slots = [name for kind in type(owner).__mro__ for name in getattr(kind, "__slots__", ())]
+        for name in {*slots, *getattr(owner, "__dict__", {})}:
+            yield from tensors(getattr(owner, name, None), seen)
+
+
+def held_bytes(owner: object, apart_from: object = None) -> int:
+    """Bytes of memory kept alive by an object: each storage once, in full, however small the view of it."""
+    seen: set[int] = set()
+    skipped = {tensor.untyped_storage().data_ptr() for tensor in tensors(apart_from, seen)}
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors(owner, seen)}
+    return sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in skipped)
+
+
+def run_until_two_sinks(plan: Plan, stages: list[Stage], config=DEMO_CONFIG) -> None:
+    """Prefill, block 0 through every step, and the prefill of its successor's sink: the most a stage ever holds."""
+
+    def travel(payload: Payload, index: int) -> None:
+        payload = stages[index].run(payload)
+        target = plan.next_stage(plan.stages[index], payload.step)
+        if target is not None:
+            travel(payload, target.index)
+
+    size = (SMALL.latent_height, SMALL.latent_width)
+    condition = (torch.zeros(16, 1, *size), torch.zeros(16, 19, *size))
+    request = BlockRequest(0, torch.zeros(1, config.audio_states, config.audio_dim, 12))
+    for payload in (
+        Payload(PREFILL, PREFILL, 0, condition=condition),
+        Payload(0, 0, 0, request=request),
+        Payload(PREFILL, PREFILL, 1, condition=condition),
+    ):
+        for row in plan.rows if payload.step == PREFILL else plan.rows[:1]:
+            travel(payload, row[0].index)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
+@pytest.mark.parametrize(("name", "devices"), [("single", 1), ("tpp", 3), ("ring", 3)])
+def test_a_real_stage_holds_exactly_what_was_planned(demo: DemoFiles, precision: str, name: str, devices: int):
+    plan = choose(name, 4, DEMO_CONFIG.layers, ["cpu"] * devices)
+    memory = plan_memory(DEMO_CONFIG, SMALL, plan, precision, decoder="cpu")
+    dtype = work_dtype(precision, "cpu")
+    models: dict[range, CausalDiT] = {}
+    with open_weights(demo.shards) as reader:
+        for spec in plan.stages:
+            fp8 = precision == "fp8"
+            models[spec.layers] = load_dit(reader, DEMO_CONFIG, layers=spec.layers, dtype=dtype, device="cpu", fp8=fp8)
+    weights = sum(tensor.nbytes for model in models.values() for tensor in model.state_dict().values())
+    assert memory.on("cpu", "weights") == weights
+
+    with torch.inference_mode():
+        text = torch.zeros(5, DEMO_CONFIG.text_dim)
+        stages = [Stage(spec, models[spec.layers], SMALL, SamplingConfig(), text) for spec in plan.stages]
+        fresh = [held_bytes(stage) for stage in stages]
+        run_until_two_sinks(plan, stages)
+    for i, stage in enumerate(stages):
+        constant = part(memory, "block caches", i) + part(memory, "text and tables", i)
+        assert fresh[i] == constant, f"stage {i} before the first prefill"
+        assert held_bytes(stage) == constant + part(memory, "attention sink", i), f"stage {i} with two sinks"
+
+
+def test_a_real_decoder_holds_exactly_what_was_planned(demo: DemoFiles):
+    vae = read_vae(demo.vae, dtype=torch.float32, device="cpu")
+    parameters = sum(tensor.numel() for tensor in vae.model.state_dict().values())
+    decoder = StreamDecoder(vae)
+    with torch.inference_mode():
+        decoder.prime(torch.zeros(16, 7, SMALL.latent_height, SMALL.latent_width))
+    memory = plan_memory(
+        DEMO_CONFIG, SMALL, choose("single", 4, 4, ["cpu"]), "bf16", decoder="cpu", vae=VaeSize(parameters, 8)
+    )
+    assert memory.on("cpu", "VAE caches") == held_bytes(decoder, apart_from=vae)
+    assert memory.on("cpu", "VAE weights") == sum(tensor.nbytes for tensor in vae.model.state_dict().values())
+
+
+def test_the_table_adds_up():
+    memory = planned("fp8", "ring", 2)
+    lines = table(memory, {"cuda:0": 80 * GIB}).splitlines()
+    assert lines[0].startswith("704x384, 4 steps, precision fp8, plan ring, ")
+    assert lines[1].split() == ["GiB", "cuda:0", "cuda:1"]
+    rows = {line[:26].strip(): line[26:].split() for line in lines[2:]}
+    assert [name for name in rows if name.endswith("(estimate)")] == [f"{name} (estimate)" for name in ESTIMATED]
+    assert rows.pop("free") == ["80.0", "?"]
+    needed = rows.pop("needed")
+    for column in (0, 1):
+        cells = [float(cells[column].replace("-", "0")) for cells in rows.values()]
+        assert sum(cells) == pytest.approx(float(needed[column]), abs=0.5)
+    assert rows["VAE weights"] == ["-", "0.2"]
+
+
+def test_what_fits_is_not_complained_about():
+    memory = planned("fp8")
+    check(memory, {"cuda:0": memory.on("cuda:0")})
+    check(memory, {})
+    with pytest.raises(PlanError):
+        check(memory, {"cuda:0": memory.on("cuda:0") - 1})
+
+
+def room(free: dict[str, int], fitting: MemoryPlan) -> dict[str, int]:
+    return {device: free.get(device, min(free.values())) for device in fitting.devices}
+
+
+@pytest.mark.parametrize("card", [80, 48, 40, 32, 24, 16, 12])
+@pytest.mark.parametrize(
+    ("precision", "plan", "devices"),
+    [("bf16", "single", 1), ("fp8", "single", 1), ("bf16", "tpp", 4), ("auto", "ring", 2)],
+)
+def test_every_hint_is_itself_feasible(card: int, precision: str, plan: str, devices: int):
+    memory = planned(precision, plan, devices)
+    free = {device: card * GIB for device in memory.devices}
+    hints = alternatives(memory, free)
+    for words, fitting in hints:
+        again = plan_memory(fitting.config, fitting.geometry, fitting.plan, fitting.precision, decoder=fitting.decoder)
+        assert again == fitting
+        assert all(again.on(device) <= nbytes for device, nbytes in room(free, again).items()), words
+        assert (fitting.precision, fitting.geometry, fitting.plan) != (precision, FULL, memory.plan)
+        assert ("precision fp8" in words) == (fitting.precision != precision)
+        assert (f"size {fitting.geometry.width}x{fitting.geometry.height}" in words) == (fitting.geometry != FULL)
+        assert (f"over {len(fitting.plan.stages)} devices" in words) == (fitting.plan != memory.plan)
+    if not memory.fits(free):
+        with pytest.raises(PlanError) as caught:
+            check(memory, free)
+        assert all(words in str(caught.value) for words, _ in hints)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_nearest_setting_is_named():
+    """On 80 GiB one change is enough, so no two are proposed; of sizes and rings the nearest, not any that fits."""
+    free = {"cuda:0": 80 * GIB}
+    hints = dict(alternatives(planned("bf16"), free))
+    assert list(hints) == ["precision fp8", "size 416x224", "plan ring over 2 devices"]
+    assert not planned("bf16", geometry=Geometry(368, 688)).fits(free)
+    with pytest.raises(
+        PlanError,
+        match=r"^cuda:0 needs 87\.\d GiB for 704x384 with precision bf16, 80\.0 GiB is free "
+        r"\(short by 7\.\d GiB\)\. Try: precision fp8 \(72\.\d GiB\); size 416x224 \(.*",
+    ):
+        check(planned("bf16"), free)
+    tight = {"cuda:0": 48 * GIB}
+    assert list(dict(alternatives(planned("bf16"), tight)))[0] == "precision fp8 with size 416x224"
+
+
+def test_nothing_fits():
+    with pytest.raises(PlanError, match="No size or precision on offer fits; use a larger card"):
+        check(planned("fp8"), {"cuda:0": 3 * GIB})
+
+
+def test_advice_for_shapes_that_no_picture_has():
+    long = Geometry(64, 2048)
+    free = {"cuda:0": planned("fp8", geometry=long).total}
+    assert list(dict(alternatives(planned("bf16", geometry=long), free)))[0] == "precision fp8"
+
+
+def test_sizes_proposed_are_those_on_offer():
+    source = (Path(__file__).parent.parent / "nodes" / "inputs.py").read_text(encoding="utf-8")
+    names = re.findall(r'"(\d+)\*(\d+) [a-z ]+":', source)
+    assert sorted(int(width) * int(height) for width, height in names) == sorted(AREAS)
+
+
+def test_the_runtime_plans_before_it_loads(demo: DemoFiles, caplog: pytest.LogCaptureFixture):
+    reserved: dict[str, int] = {}
+    model, spec = ModelSpec(demo.shards), RuntimeSpec(("cpu",))
+    runtime = Runtime(lambda device, nbytes: reserved.setdefault(device, nbytes), free=lambda devices: {"cpu": 1000})
+    with caplog.at_level(logging.INFO), pytest.raises(PlanError, match="cpu needs .* for 96x64"):
+        runtime.ensure(model, DEMO_CONFIG, spec, 4, geometry=SMALL)
+    assert runtime.nbytes == {}, "nothing may be loaded"
+    memory = plan_memory(DEMO_CONFIG, SMALL, choose("auto", 4, 4, ["cpu"]), "auto", decoder="cpu")
+    assert reserved == {"cpu": memory.on("cpu")}
+    assert "block caches" in caplog.text and "needed" in caplog.text
+
+
+def test_weights_already_here_are_not_asked_for_again(demo: DemoFiles):
+    memory = plan_memory(DEMO_CONFIG, SMALL, choose("auto", 4, 4, ["cpu"]), "auto", decoder="cpu")
+    weights = memory.on("cpu", "weights")
+    asked: list[int] = []
+    runtime = Runtime(lambda device, nbytes: asked.append(nbytes), free=lambda devices: {"cpu": memory.total - weights})
+    model, spec = ModelSpec(demo.shards), RuntimeSpec(("cpu",))
+    with pytest.raises(PlanError):
+        runtime.ensure(model, DEMO_CONFIG, spec, 4, geometry=SMALL)
+    runtime.ensure(model, DEMO_CONFIG, spec, 4)
+    asked.clear()
+    runtime.ensure(model, DEMO_CONFIG, spec, 4, geometry=SMALL)
+    assert asked == [memory.total - weights]
