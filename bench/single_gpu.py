@@ -40,7 +40,7 @@ KINDS = (  # kind, parts of kernel names; the first match counts
     ("gemm", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "wgmma")),
     ("conv", ("conv", "implicit")),
     ("copy", ("memcpy", "memset", "copy_kernel", "catarray", "nchwtonhwc", "nhwctonchw")),
-    ("quantise", ("quantise", "amax", "norm_kernel", "float8")),
+    ("fused pointwise", ("_norm", "_gated", "_heads", "_quantise")),
 )
 
 
@@ -181,7 +181,9 @@ def measure_vae(geometry: Geometry, device: torch.device, *, channels_last: bool
     with torch.device(device):
         vae = WanVAE(AutoencoderKLWan()).to(dtype=torch.bfloat16)
     if channels_last:
-        vae.model.to(memory_format=torch.channels_last_3d)
+        for module in vae.model.modules():
+            if isinstance(module, nn.Conv3d):
+                module.to(memory_format=torch.channels_last_3d)
     decoder = StreamDecoder(vae)
     torch.cuda.reset_peak_memory_stats()
     latents = torch.randn(16, PRIME_LATENTS, geometry.latent_height, geometry.latent_width, device=device)

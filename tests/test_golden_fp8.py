@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from liveavatar_core.model.pointwise import Rows, quantise_rows
 from liveavatar_core.weights.build import empty_dit
 from liveavatar_core.weights.quant import Fp8Linear, dequantised_linear, quantise_fp8, quantise_linears
 
@@ -54,7 +55,7 @@ def test_outputs(golden, agree) -> None:
     tensors, _ = golden("fp8")
     for case in cases(tensors):
         weight, x = tensors[f"{case}.weight"], tensors[f"{case}.x"]
-        linear = Fp8Linear(weight.shape[1], weight.shape[0])
+        linear = Fp8Linear(weight.shape[1], weight.shape[0], by_row=False)
         linear.store(weight)
         linear.bias = torch.nn.Parameter(tensors[f"{case}.bias"], requires_grad=False)
         y, want = linear(x), tensors[f"{case}.y"]
@@ -81,6 +82,27 @@ def test_product_before_rounding(golden, agree) -> None:
         weight, weight_scale = quantise_fp8(tensors[f"{case}.weight"])
         y = dequantised_linear(values, scale, weight, weight_scale, tensors[f"{case}.bias"])
         agree("fp8", f"{case} y_f32", y, tensors[f"{case}.y_f32"], FLOAT32)
+
+
+def test_scales_by_row_are_closer(golden) -> None:
+    """Against the product in full precision, on the recorded weights with one loud token among quiet ones."""
+    tensors, _ = golden("fp8")
+    for case in cases(tensors):
+        weight, bias = tensors[f"{case}.weight"], tensors[f"{case}.bias"]
+        x = tensors[f"{case}.x"].flatten(0, -2).unsqueeze(0).clone()
+        x[:, 0] *= 100
+        want = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+        errors = []
+        for by_row in (True, False):
+            linear = Fp8Linear(weight.shape[1], weight.shape[0], by_row=by_row)
+            linear.store(weight)
+            linear.bias = torch.nn.Parameter(bias, requires_grad=False)
+            y = linear(x)
+            errors.append(((y.float() - want).norm(dim=-1) / want.norm(dim=-1)).mean().item())
+            if by_row:
+                rows = quantise_rows(x)
+                assert isinstance(rows, Rows) and torch.equal(linear(rows), y.to(bias.dtype)), case
+        assert errors[0] < 0.05 and errors[0] < errors[1], f"{case}: {errors}"
 
 
 def test_zeros_stay_zeros(golden) -> None:

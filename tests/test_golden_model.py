@@ -10,14 +10,13 @@ from liveavatar_core.geometry import LATENTS_PER_BLOCK, PIXELS_PER_LATENT, WINDO
 from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.model.cache import BlockCache, SinkLayer
 from liveavatar_core.model.dit import CausalDiT, unpatchify
-from liveavatar_core.model.layers import EPS, layer_norm
+from liveavatar_core.model.pointwise import EPS, layer_norm, rotate
 from liveavatar_core.model.rope import (
     REFERENCE_POSITION,
     block_factors,
     motion_factors,
     reference_factors,
     reference_position,
-    rotate,
 )
 from liveavatar_core.pipeline.plan import PREFILL, single
 from liveavatar_core.pipeline.stage import Stage
@@ -186,7 +185,7 @@ def test_one_layer(golden, agree, model):
             if cache is None:
                 after["cond_k"], after["cond_v"] = k, v
                 return rotate(k, factors), v
-            return cache.update(block, rotate(k, factors), v)
+            return cache.update(block, k, v, factors)
 
         seen, handles = recorded_layer(model, layer)
         time = given["e0"][0, 0, :, 1 if prefill else 0]

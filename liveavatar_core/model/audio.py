@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveavatar_core.geometry import LATENTS_PER_BLOCK
-from liveavatar_core.model.layers import CrossAttention, layer_norm
+from liveavatar_core.model.layers import CrossAttention, takes_rows
+from liveavatar_core.model.pointwise import Activation, layer_norm, norm
 
 ADAIN_EPS = 1e-5  # unlike every other norm of the model
 
@@ -103,9 +104,9 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x_FTD: Tensor, pooled_F1D: Tensor) -> Tensor:
+    def forward(self, x_FTD: Tensor, pooled_F1D: Tensor, *, rows: bool = False) -> Activation:
         shift, scale = self.linear(F.silu(pooled_F1D)).float().chunk(2, dim=-1)
-        return (layer_norm(x_FTD, ADAIN_EPS) * (1 + scale) + shift).to(x_FTD.dtype)
+        return norm(x_FTD, 1 + scale, shift, eps=ADAIN_EPS, rows=rows)
 
 
 class AudioInjector(nn.Module):
@@ -121,7 +122,8 @@ class AudioInjector(nn.Module):
         attention = self.injector[str(injection)]
         speakers, frames = audio.local.shape[:2]
         x_FTD = x_BTD.unflatten(1, (frames, -1)).expand(speakers, -1, -1, -1).flatten(0, 1)
-        h_FTD = self.injector_adain_layers[str(injection)](x_FTD, audio.pooled.flatten(0, 1))
+        adain = self.injector_adain_layers[str(injection)]
+        h_FTD = adain(x_FTD, audio.pooled.flatten(0, 1), rows=takes_rows(attention.q))
         residual = attention(h_FTD, attention.key_value(audio.local.flatten(0, 1)))
         residual = residual.unflatten(0, (speakers, frames)).flatten(1, 2)
         if audio.mask is not None:

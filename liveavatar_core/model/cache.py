@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liveavatar_core.geometry import WINDOW_BLOCKS, Geometry
-from liveavatar_core.model.rope import rotate
+from liveavatar_core.model.pointwise import rotate
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +40,20 @@ class BlockCache:
     def install(self, sink: SinkLayer, motion: Tensor) -> None:
         """Take over a sink version; `motion` are the fixed rotary factors of its motion tokens."""
         self._reference_k = sink.reference_k
-        self.k_BSHK[:, sink.reference_k.shape[1] : self.sink_tokens] = rotate(sink.motion_k, motion)
+        rotate(sink.motion_k, motion, out=self.k_BSHK[:, sink.reference_k.shape[1] : self.sink_tokens])
         self.v_BSHK[:, : self.sink_tokens] = sink.v
 
     def roll(self, reference: Tensor) -> None:
         """Move the reference tokens to the position given by their rotary factors (rolling RoPE)."""
-        self.k_BSHK[:, : self._reference_k.shape[1]] = rotate(self._reference_k, reference)
+        rotate(self._reference_k, reference, out=self.k_BSHK[:, : self._reference_k.shape[1]])
 
-    def update(self, block: int, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one block's rotated keys and values; return views of all that its queries may see."""
+    def update(self, block: int, k_BTHK: Tensor, v_BTHK: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """Store one block's keys, rotated by `factors`, and values; return views of all that its queries may see."""
         if block != self.next_block:
             raise RuntimeError(f"cache expects block {self.next_block}, got {block}")
         self.next_block += 1
         start = self.sink_tokens + block % WINDOW_BLOCKS * self.block_tokens
-        self.k_BSHK[:, start : start + self.block_tokens] = k_BTHK
+        rotate(k_BTHK, factors, out=self.k_BSHK[:, start : start + self.block_tokens])
         self.v_BSHK[:, start : start + self.block_tokens] = v_BTHK
         visible = self.sink_tokens + min(self.next_block, WINDOW_BLOCKS) * self.block_tokens
         return self.k_BSHK[:, :visible], self.v_BSHK[:, :visible]

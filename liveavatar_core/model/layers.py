@@ -13,18 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveavatar_core.model.attention import attend
-from liveavatar_core.model.rope import rotate
-
-EPS = 1e-6
+from liveavatar_core.model.pointwise import EPS, Activation, add_norm, gated, gelu, norm, rms_norm, rotate
 
 KeyValue = tuple[Tensor, Tensor]
 See = Callable[[Tensor, Tensor], KeyValue]
 """Takes this call's unrotated keys and its values, remembers them, returns all keys (rotated) and values to see."""
 
 
-def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
-    """LayerNorm over the last axis without affine; float32 out."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+def takes_rows(linear: nn.Module) -> bool:
+    """Whether a linear wants its input quantised row by row, which whatever comes before it does in passing."""
+    return getattr(linear, "takes_rows", False)
 
 
 class RMSNorm(nn.Module):
@@ -35,8 +33,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight)
 
 
 class Projections(nn.Module):
@@ -48,16 +45,16 @@ class Projections(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
         self.heads = heads
 
-    def query(self, x_BTD: Tensor) -> Tensor:
+    def query(self, x_BTD: Activation) -> Tensor:
         return self.norm_q(self.q(x_BTD)).unflatten(-1, (self.heads, -1))
 
-    def key_value(self, x_BSD: Tensor) -> KeyValue:
+    def key_value(self, x_BSD: Activation) -> KeyValue:
         k = self.norm_k(self.k(x_BSD)).unflatten(-1, (self.heads, -1))
         return k, self.v(x_BSD).unflatten(-1, (self.heads, -1))
 
 
 class SelfAttention(Projections):
-    def forward(self, x_BTD: Tensor, factors: Tensor, see: See) -> Tensor:
+    def forward(self, x_BTD: Activation, factors: Tensor, see: See) -> Tensor:
         k_BSHK, v_BSHK = see(*self.key_value(x_BTD))
         return self.o(attend(rotate(self.query(x_BTD), factors), k_BSHK, v_BSHK).flatten(2))
 
@@ -65,8 +62,17 @@ class SelfAttention(Projections):
 class CrossAttention(Projections):
     """Keys and values come from outside: computed once per prompt (text) or per block (audio)."""
 
-    def forward(self, x_BTD: Tensor, context: KeyValue) -> Tensor:
+    def forward(self, x_BTD: Activation, context: KeyValue) -> Tensor:
         return self.o(attend(self.query(x_BTD), *context).flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+
+    def forward(self, x_BTD: Activation) -> Tensor:
+        up, _, down = self
+        return down(gelu(up(x_BTD), rows=takes_rows(down)))
 
 
 class DiTLayer(nn.Module):
@@ -76,20 +82,19 @@ class DiTLayer(nn.Module):
         self.self_attn = SelfAttention(dim, heads)
         self.norm3 = nn.LayerNorm(dim, eps=EPS)
         self.cross_attn = CrossAttention(dim, heads)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.ffn = FeedForward(dim, ffn_dim)
 
     def forward(self, x_BTD: Tensor, time_6D: Tensor, factors: Tensor, text: KeyValue, see: See) -> Tensor:
         dtype = x_BTD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + time_6D).unbind(0)
-        h_BTD = (layer_norm(x_BTD).to(dtype).float() * (1 + scale1) + shift1).to(dtype)
-        x_BTD = x_BTD.float() + self.self_attn(h_BTD, factors, see) * gate1
-        x_BTD = x_BTD + self.cross_attn(self._norm3(x_BTD.to(dtype)), text)
-        h_BTD = (layer_norm(x_BTD) * (1 + scale2) + shift2).to(dtype)
-        return (x_BTD + self.ffn(h_BTD) * gate2).to(dtype)
-
-    def _norm3(self, x_BTD: Tensor) -> Tensor:
-        weight, bias = self.norm3.weight.float(), self.norm3.bias.float()
-        return F.layer_norm(x_BTD.float(), x_BTD.shape[-1:], weight, bias, EPS).to(x_BTD.dtype)
+        rows = takes_rows(self.self_attn.q)  # as the layer's other linears do
+        h_BTD = norm(x_BTD, 1 + scale1, shift1, rounded=True, rows=rows)
+        y_BTD = self.self_attn(h_BTD, factors, see)
+        norm3 = self.norm3
+        x_BTD, h_BTD = add_norm(x_BTD, y_BTD, gate1, norm3.weight, norm3.bias, dtype=dtype, rounded=True, rows=rows)
+        y_BTD = self.cross_attn(h_BTD, text)
+        x_BTD, h_BTD = add_norm(x_BTD, y_BTD, None, 1 + scale2, shift2, dtype=dtype, rounded=False, rows=rows)
+        return gated(x_BTD, self.ffn(h_BTD), gate2, dtype)
 
 
 class Head(nn.Module):
@@ -102,5 +107,5 @@ class Head(nn.Module):
 
     def forward(self, x_BTD: Tensor, time_D: Tensor) -> Tensor:
         shift, scale = (self.modulation[0].float() + time_D).unbind(0)
-        h_BTD = layer_norm(x_BTD) * (1 + scale) + shift
+        h_BTD = norm(x_BTD, 1 + scale, shift, dtype=torch.float32)
         return F.linear(h_BTD, self.head.weight.float(), self.head.bias.float()).to(x_BTD.dtype)

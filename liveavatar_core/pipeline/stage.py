@@ -13,13 +13,13 @@ from liveavatar_core.geometry import LATENTS_PER_BLOCK, Geometry
 from liveavatar_core.model.cache import BlockCache, SinkLayer
 from liveavatar_core.model.dit import CausalDiT, TimeTable
 from liveavatar_core.model.layers import KeyValue, See
+from liveavatar_core.model.pointwise import rotate
 from liveavatar_core.model.rope import (
     REFERENCE_POSITION,
     block_factors,
     motion_factors,
     reference_factors,
     reference_position,
-    rotate,
 )
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.sampling import block_noise, clip_noise, euler, reference_distance, sigmas, timestep
@@ -53,7 +53,7 @@ class Stage:
         self._motion = self._factors(motion_factors)
 
     def _factors(self, table, *args: int) -> Tensor:
-        return table(*args, self.geometry, self.model.config.head_dim, self.sampling.rope_rounding).to(self.device)
+        return table(*args, self.geometry, self.model.config.head_dim, self.sampling.rope_rounding, self.device)
 
     def ready(self, payload: Payload) -> bool:
         """Whether the sink version this payload looks at has been computed here."""
@@ -103,7 +103,7 @@ class Stage:
         def see(layer: int) -> See:
             cache = caches[layer]
             cache.roll(reference)
-            return lambda k, v: cache.update(block, rotate(k, factors), v)
+            return lambda k, v: cache.update(block, k, v, factors)
 
         time = self._times[step]
         hidden = model.run_layers(hidden, time.modulation, factors, self._text, see, audio)

@@ -1,0 +1,140 @@
+"""Everything between two matrix products: norms, modulation, residuals, rotation, quantised rows.
+
+Plain PyTorch says what is computed. On a GPU with Triton each function is one kernel, which reads and writes memory
+once; where Triton is missing or fails, the plain form runs everywhere.
+Legend: B batch (1) or latent frames, T tokens, D width, H heads, K head width.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+EPS = 1e-6
+FP8 = torch.float8_e4m3fn
+LARGEST_FP8 = 448.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Activations in e4m3 with a scale for every token: x is about values * scale."""
+
+    values: Tensor  # (B, T, D) e4m3
+    scale: Tensor  # (B, T, 1) float32
+
+
+Activation = Tensor | Rows
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The Triton kernels if they work on this device."""
+    if device.type != "cuda":
+        return None
+    try:
+        from liveavatar_core.model import kernels
+
+        kernels.quantise(torch.ones(1, 1, 16, device=device), gelu=True)
+    except Exception as error:  # no Triton, no compiler, an old card: the plain form needs none of them
+        log.info("fused kernels are off on %s: %s", device, error)
+        return None
+    return kernels
+
+
+def layer_norm(x: Tensor, eps: float = EPS) -> Tensor:
+    """LayerNorm over the last axis without affine; float32 out."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+def quantise_rows(x_BTD: Tensor) -> Rows:
+    if kernels := _kernels(x_BTD.device):
+        return Rows(*kernels.quantise(x_BTD, gelu=False))
+    largest = torch.linalg.vector_norm(x_BTD, torch.inf, -1, keepdim=True, dtype=torch.float32).clamp(min=1e-12)
+    return Rows((x_BTD.float() * (LARGEST_FP8 / largest)).to(FP8), largest / LARGEST_FP8)
+
+
+def gelu(x_BTD: Tensor, *, rows: bool) -> Activation:
+    """GELU in its tanh form."""
+    if rows and (kernels := _kernels(x_BTD.device)):
+        return Rows(*kernels.quantise(x_BTD, gelu=True))
+    x_BTD = F.gelu(x_BTD, approximate="tanh")
+    return quantise_rows(x_BTD) if rows else x_BTD
+
+
+def norm(
+    x_BTD: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float = EPS,
+    dtype: torch.dtype | None = None,
+    rounded: bool = False,
+    rows: bool = False,
+) -> Activation:
+    """LayerNorm(x) * weight + bias in x's dtype, or `dtype`. `rounded`: the norm itself is rounded first.
+
+    Weight and bias are (D,) or (B, 1, D).
+    """
+    dtype = dtype or x_BTD.dtype
+    if kernels := _kernels(x_BTD.device):
+        _, out, scale = kernels.norm(
+            x_BTD, None, None, weight, bias, eps=eps, dtype=dtype, round_sum=False, round_norm=rounded, rows=rows
+        )
+        return out if scale is None else Rows(out, scale)
+    h_BTD = layer_norm(x_BTD, eps)
+    h_BTD = h_BTD.to(dtype).float() if rounded else h_BTD
+    h_BTD = (h_BTD * weight.float() + bias.float()).to(dtype)
+    return quantise_rows(h_BTD) if rows else h_BTD
+
+
+def add_norm(
+    x_BTD: Tensor,
+    y_BTD: Tensor,
+    gate_D: Tensor | None,
+    weight_D: Tensor,
+    bias_D: Tensor,
+    *,
+    dtype: torch.dtype,
+    rounded: bool,
+    rows: bool,
+) -> tuple[Tensor, Activation]:
+    """(x + y * gate in float32, its norm as above). `rounded`: the norm sees the sum rounded to `dtype`."""
+    if kernels := _kernels(x_BTD.device):
+        total, out, scale = kernels.norm(
+            x_BTD, y_BTD, gate_D, weight_D, bias_D, eps=EPS, dtype=dtype, round_sum=rounded, round_norm=False, rows=rows
+        )
+        return total, out if scale is None else Rows(out, scale)
+    total_BTD = x_BTD.float() + (y_BTD if gate_D is None else y_BTD * gate_D)
+    seen_BTD = total_BTD.to(dtype) if rounded else total_BTD
+    return total_BTD, norm(seen_BTD, weight_D, bias_D, dtype=dtype, rows=rows)
+
+
+def gated(x_BTD: Tensor, y_BTD: Tensor, gate_D: Tensor, dtype: torch.dtype) -> Tensor:
+    """x + y * gate, added in float32."""
+    if kernels := _kernels(x_BTD.device):
+        return kernels.gated(x_BTD, y_BTD, gate_D, dtype)
+    return (x_BTD + y_BTD * gate_D).to(dtype)
+
+
+def rms_norm(x_BTD: Tensor, weight_D: Tensor) -> Tensor:
+    if kernels := _kernels(x_BTD.device):
+        return kernels.heads(x_BTD, weight_D, None, torch.empty_like(x_BTD.contiguous()), 1, EPS)
+    normed = x_BTD.float() * torch.rsqrt(x_BTD.float().square().mean(-1, keepdim=True) + EPS)
+    return normed.to(x_BTD.dtype) * weight_D
+
+
+def rotate(x_BTHK: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rotate the channel pairs of every head by `factors` (T, K/2, 2), float32 inside; into `out` if given. B is 1."""
+    if kernels := _kernels(x_BTHK.device):
+        out = torch.empty_like(x_BTHK.contiguous()) if out is None else out
+        return kernels.heads(x_BTHK, None, factors, out, x_BTHK.shape[-1], EPS)
+    a, b = x_BTHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = factors.unsqueeze(1).unbind(-1)
+    rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x_BTHK.dtype)
+    return rotated if out is None else out.copy_(rotated)
