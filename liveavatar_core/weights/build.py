@@ -5,6 +5,7 @@ host nor device ever holds a second copy of the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.weights.layout import lora_targets
 from liveavatar_core.weights.lora import Lora, merge
 from liveavatar_core.weights.quant import Fp8Linear, quantise_linears
 from liveavatar_core.weights.reader import TensorInfo, WeightReader
@@ -93,7 +95,9 @@ def prepared(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a `planned_dit` by its name there: read, merged, cast and quantised on `device`, one at a time.
 
-    Raises WeightsError as `load_dit` does, before anything is read.
+    Weights that are stored in fp8 keep their bytes and factors. Where a LoRA changes one, the numbers it stands for
+    are rounded to the model's dtype, merged and quantised again, like any other weight. Raises WeightsError as
+    `load_dit` does, before anything is read.
     """
     for lora in loras:
         lora.check(model.config)
@@ -102,13 +106,16 @@ def prepared(
     needed = list(empty_dit(model.config, model.layers).state_dict())
     total = sum(_bytes(infos[name]) for name in needed)
     done = 0
+    merged = lora_targets(model.config) if loras else {}
     for name in needed:
         module, _, part = name.rpartition(".")
         owner = model.get_submodule(module)
         if isinstance(owner, Fp8Linear) and part == "weight":
-            # A bias, too, has the dtype that the weight had before it was quantised.
-            weight = merge(reader.get(name).to(device, owner.bias.dtype), module, loras)
-            yield from ((f"{module}.{key}", tensor) for key, tensor in _quantised(weight).items())
+            kept = None if module in merged else _kept(reader, name, owner)
+            if kept is None:
+                # The bias has the dtype that the weight would have, were it not quantised.
+                kept = _quantised(owner, merge(reader.get(name).to(device, owner.bias.dtype), module, loras))
+            yield from ((f"{module}.{key}", tensor.to(device)) for key, tensor in kept.items())
         else:
             tensor = reader.get(name).to(device, getattr(owner, part).dtype)
             yield name, merge(tensor, module, loras) if part == "weight" else tensor
@@ -117,11 +124,20 @@ def prepared(
             progress(done, total)
 
 
-def _quantised(weight: Tensor) -> dict[str, Tensor]:
-    """What an Fp8Linear keeps of a weight (out, in): all its tensors but the bias."""
-    linear = Fp8Linear(*reversed(weight.shape), device="meta")
-    linear.store(weight)
-    return {key: tensor for key, tensor in linear.state_dict().items() if key != "bias"}
+def _kept(reader: WeightReader, name: str, linear: Fp8Linear) -> dict[str, Tensor] | None:
+    """A stored fp8 weight as this linear keeps it, without a second rounding; None if it is not stored so."""
+    stored = reader.fp8(name)
+    if stored is None or stored[1].numel() not in (1, linear.weight_scale.numel()):
+        return None
+    values, factor = stored
+    return {"weight": values, "weight_scale": factor.expand(linear.weight_scale.shape).contiguous()}
+
+
+def _quantised(linear: Fp8Linear, weight: Tensor) -> dict[str, Tensor]:
+    """What a linear of this kind keeps of a weight (out, in): all its tensors but the bias."""
+    filled = deepcopy(linear)  # on meta: a layout, no numbers
+    filled.store(weight)
+    return {key: tensor for key, tensor in filled.state_dict().items() if key != "bias"}
 
 
 def _keeps_float32(name: str) -> bool:

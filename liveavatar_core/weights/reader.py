@@ -1,7 +1,8 @@
 """Checkpoints on disk as a lazy mapping from official names to tensors (SPEC 7.1, 7.2).
 
 Owns paths, shards, prefixes and the safetensors headers. Opening reads headers only; tensors are memory mapped and
-read one by one. It knows no model beyond the one name that marks a speech-to-video checkpoint.
+read one by one; fp8 weights with factors beside them are read as the numbers they stand for. It knows no model beyond
+the one name that marks a speech-to-video checkpoint.
 """
 
 import json
@@ -16,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liveavatar_core.errors import WeightsError
+from liveavatar_core.weights.scaled import dequantise, find_factors, is_weight
 
 MARKER = "casual_audio_encoder.encoder.final_linear.weight"  # only speech-to-video models have it
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # official names, then ComfyUI's single files
-_FP8_MARKS = (".scale_weight", ".weight_scale", "scaled_fp8")
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -47,15 +48,28 @@ class TensorInfo:
 class WeightReader:
     """Named tensors of one or several safetensors files; a context manager. `path` is what the user named."""
 
-    def __init__(self, path: Path, files: list[Path], config: dict | None = None, prefix: str = "") -> None:
-        """`prefix` is removed from names; names without it are ignored. Raises WeightsError for damaged files."""
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        files: list[Path],
+        config: dict | None = None,
+        prefix: str = "",
+        factors: Mapping[str, str] | None = None,
+    ) -> None:
+        """`prefix` is removed from names; names without it are ignored. Raises WeightsError for damaged files.
+
+        `factors`: as `find_factors` gives them; None reads the file as it is, factors as tensors of their own.
+        """
+        self.path, self.files = path, tuple(files)
         self.config = config
+        self._factors = factors or {}
         self._stack = ExitStack()
         self._sources: dict[str, tuple[safe_open, str]] = {}  # official name -> (file, name in the file)
         self._infos: dict[str, TensorInfo] = {}
         for file in files:
             self._add(file, prefix)
+        if factors is not None:
+            self._infos = {name: info for name, info in self._infos.items() if is_weight(name)}
 
     def _add(self, file: Path, prefix: str) -> None:
         try:
@@ -74,10 +88,25 @@ class WeightReader:
             raise WeightsError(f"{file} holds numbers of type {error}; use the bf16 checkpoint") from error
 
     def infos(self) -> Mapping[str, TensorInfo]:
+        """Shapes and dtypes as stored; of fp8 weights, too."""
         return self._infos
 
     def get(self, name: str) -> Tensor:
-        """One tensor in host memory, as stored. KeyError for a name that is not in `infos()`."""
+        """One tensor in host memory, as stored; float32 if it is fp8 with a factor. KeyError for an unknown name."""
+        tensor = self._stored(name)
+        return dequantise(tensor, self._stored(self._factors[name])) if name in self._factors else tensor
+
+    def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """(e4m3 values, factor float32 (1,) or (out,)) of a tensor that is stored so; None for any other.
+
+        Values without a factor stand for themselves.
+        """
+        if self._infos[name].dtype != torch.float8_e4m3fn:
+            return None
+        factor = self._stored(self._factors[name]).float().flatten() if name in self._factors else torch.ones(1)
+        return self._stored(name), factor
+
+    def _stored(self, name: str) -> Tensor:
         file, stored = self._sources[name]
         return file.get_tensor(stored)
 
@@ -104,7 +133,7 @@ def open_file(path: Path) -> WeightReader:
 def open_weights(path: Path | str) -> WeightReader:
     """Open a speech-to-video checkpoint: a folder of shards, a folder with one file, or one file.
 
-    Raises WeightsError when something is missing, damaged, quantised, or of another model.
+    Raises WeightsError when something is missing, damaged, quantised in an unknown way, or of another model.
     """
     path = Path(path)
     if path.is_dir():
@@ -114,18 +143,15 @@ def open_weights(path: Path | str) -> WeightReader:
     else:
         raise WeightsError(f"{path} does not exist; check the path or download Wan2.2-S2V-14B")
     with WeightReader(path, files) as raw:
-        names = raw.infos().keys()
-        prefix = next((prefix for prefix in _PREFIXES if prefix + MARKER in names), None)
+        infos = raw.infos()
+        prefix = next((prefix for prefix in _PREFIXES if prefix + MARKER in infos), None)
         if prefix is None:
             raise WeightsError(f"{path} is not a speech-to-video model: it has no {MARKER}; use Wan2.2-S2V-14B")
-        quantised = next((name for name in names if name.endswith(_FP8_MARKS)), None)
-        if quantised is not None:
-            raise WeightsError(
-                f"{path} is already quantised ({quantised}) and a LoRA must be merged before; use the bf16 file"
-            )
+        own = {name.removeprefix(prefix): info for name, info in infos.items() if name.startswith(prefix)}
+        factors = find_factors(path, own)
     if len(files) == 1 and config is None:
         config = _embedded_config(files[0])
-    return WeightReader(path, files, config, prefix)
+    return WeightReader(path, files, config, prefix, factors)
 
 
 def _shards(folder: Path) -> list[Path]:
