@@ -122,23 +122,24 @@ def measure(loop: Loop, forwards: int) -> dict:
         start = time.perf_counter()
     torch.cuda.synchronize()
     periods = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)][1:]
-    kernels, slowest = profile(loop, last)
-    busy = sum(kernels.values())
-    period = statistics.median(periods)
+    kernels, slowest, idle = profile(loop, last)
     return {
-        "forward_ms": round(period, 2),
+        "forward_ms": round(statistics.median(periods), 2),
         "forward_ms_range": [round(min(periods), 2), round(max(periods), 2)],
         "host_ms": round(1000 * statistics.median(host), 2),
-        "kernels_ms": round(busy, 2),
-        "gpu_idle": round(max(0.0, 1 - busy / period), 4),
+        "kernels_ms": round(sum(kernels.values()), 2),
+        "gpu_idle": round(idle, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "breakdown_ms": {kind: round(ms, 2) for kind, ms in sorted(kernels.items(), key=lambda item: -item[1])},
         "slowest": slowest,
     }
 
 
-def profile(loop: Loop, block: int) -> tuple[dict[str, float], list[tuple[str, int, float]]]:
-    """Kernel milliseconds of one forward by kind, and the slowest kernels as (name, calls, ms)."""
+def profile(loop: Loop, block: int) -> tuple[dict[str, float], list[tuple[str, int, float]], float]:
+    """Kernel milliseconds of one forward by kind, the slowest kernels as (name, calls, ms), idle share of the GPU.
+
+    Idle is what no kernel covers between the first and the last of the recorded block.
+    """
     from torch.profiler import ProfilerActivity
 
     kinds: dict[str, float] = defaultdict(float)
@@ -148,13 +149,17 @@ def profile(loop: Loop, block: int) -> tuple[dict[str, float], list[tuple[str, i
         for _ in loop.forwards(block, block + 1):
             pass
         torch.cuda.synchronize()
+    spans = []
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
+            spans.append((event.time_range.start, event.time_range.end))
             ms = event.time_range.elapsed_us() / 1000 / rings
             kinds[kind_of(event.name)] += ms
             names[event.name].append(ms)
+    whole = max(end for _, end in spans) - min(start for start, _ in spans)
+    idle = 1 - 1000 * rings * sum(kinds.values()) / whole
     slowest = sorted(names.items(), key=lambda item: -sum(item[1]))[:28]
-    return dict(kinds), [(name[:90], round(len(ms) / rings), round(sum(ms), 2)) for name, ms in slowest]
+    return dict(kinds), [(name[:90], round(len(ms) / rings), round(sum(ms), 2)) for name, ms in slowest], idle
 
 
 def velocities(loop: Loop, blocks: int, feed: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:

@@ -10,7 +10,7 @@ from liveavatar_core.geometry import LATENTS_PER_BLOCK, PIXELS_PER_LATENT, WINDO
 from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.model.cache import BlockCache, SinkLayer
 from liveavatar_core.model.dit import CausalDiT, unpatchify
-from liveavatar_core.model.pointwise import EPS, layer_norm, rotate
+from liveavatar_core.model.pointwise import EPS, layer_norm, rms_norm, rotate
 from liveavatar_core.model.rope import (
     REFERENCE_POSITION,
     block_factors,
@@ -126,8 +126,8 @@ def recorded_layer(model: CausalDiT, layer: int) -> tuple[dict[str, torch.Tensor
     block = model.blocks[str(layer)]
     injection = str(model.config.audio_layers.index(layer)) if layer in model.config.audio_layers else None
     outputs = {
-        "self_attn.norm_q.out": block.self_attn.norm_q,
-        "self_attn.norm_k.out": block.self_attn.norm_k,
+        "self_attn.q": block.self_attn.q,
+        "self_attn.k": block.self_attn.k,
         "self_attn.v.out": block.self_attn.v,
         "self_attn.out": block.self_attn,
         "cross_attn.out": block.cross_attn,
@@ -181,11 +181,12 @@ def test_one_layer(golden, agree, model):
                 cache.k_BSHK[:, cache.sink_tokens :] = given["cache_before.k"]
                 cache.v_BSHK[:, cache.sink_tokens :] = given["cache_before.v"]
 
-        def see(k, v, cache=cache, after=after, factors=factors, block=None if prefill else block):
+        def see(k, norm, v, cache=cache, after=after, factors=factors, block=None if prefill else block):
             if cache is None:
+                k = rms_norm(k.flatten(2), norm).view_as(k)
                 after["cond_k"], after["cond_v"] = k, v
                 return rotate(k, factors), v
-            return cache.update(block, k, v, factors)
+            return cache.update(block, k, norm, v, factors)
 
         seen, handles = recorded_layer(model, layer)
         time = given["e0"][0, 0, :, 1 if prefill else 0]
@@ -198,6 +199,9 @@ def test_one_layer(golden, agree, model):
             after["slot.k"], after["slot.v"] = cache.k_BSHK[:, slot], cache.v_BSHK[:, slot]
         for handle in handles:
             handle.remove()
+        for part in ("q", "k"):  # norm and rotation are one operation inside the layer
+            norm = getattr(model.blocks[str(layer)].self_attn, f"norm_{part}")
+            seen[f"self_attn.norm_{part}.out"] = norm(seen[f"self_attn.{part}"])
         agree("dit_block", f"{case}.after_injection", x, given["after_injection"], FORWARD)
         wanted = set(given) - {"x_in", "e0", "factors", "factors_cond", "context", "audio_emb", "audio_emb_global"}
         wanted -= {"after_injection"} | {key for key in given if key.startswith("cache_before")}

@@ -128,4 +128,5 @@ class AudioInjector(nn.Module):
         residual = residual.unflatten(0, (speakers, frames)).flatten(1, 2)
         if audio.mask is not None:
             residual = residual * audio.mask.flatten(1, 3)
-        return x_BTD + residual.sum(0, keepdim=True)
+        # one speaker's sum would be a copy
+        return x_BTD + (residual if speakers == 1 else residual.sum(0, keepdim=True))

@@ -16,8 +16,9 @@ from liveavatar_core.model.attention import attend
 from liveavatar_core.model.pointwise import EPS, Activation, add_norm, gated, gelu, norm, rms_norm, rotate
 
 KeyValue = tuple[Tensor, Tensor]
-See = Callable[[Tensor, Tensor], KeyValue]
-"""Takes this call's unrotated keys and its values, remembers them, returns all keys (rotated) and values to see."""
+See = Callable[[Tensor, Tensor, Tensor], KeyValue]
+"""Takes this call's keys as projected, the weight of their RMS norm and the values; remembers them; returns all keys
+(normed and rotated) and values to see."""
 
 
 def takes_rows(linear: nn.Module) -> bool:
@@ -45,25 +46,27 @@ class Projections(nn.Module):
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
         self.heads = heads
 
-    def query(self, x_BTD: Activation) -> Tensor:
-        return self.norm_q(self.q(x_BTD)).unflatten(-1, (self.heads, -1))
-
-    def key_value(self, x_BSD: Activation) -> KeyValue:
-        k = self.norm_k(self.k(x_BSD)).unflatten(-1, (self.heads, -1))
-        return k, self.v(x_BSD).unflatten(-1, (self.heads, -1))
+    def split(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD.unflatten(-1, (self.heads, -1))
 
 
 class SelfAttention(Projections):
     def forward(self, x_BTD: Activation, factors: Tensor, see: See) -> Tensor:
-        k_BSHK, v_BSHK = see(*self.key_value(x_BTD))
-        return self.o(attend(rotate(self.query(x_BTD), factors), k_BSHK, v_BSHK).flatten(2))
+        q, k, v = (self.split(linear(x_BTD)) for linear in (self.q, self.k, self.v))
+        k_BSHK, v_BSHK = see(k, self.norm_k.weight, v)
+        q_BTHK = rotate(q, factors, norm_D=self.norm_q.weight)
+        return self.o(attend(q_BTHK, k_BSHK, v_BSHK).flatten(2))
 
 
 class CrossAttention(Projections):
     """Keys and values come from outside: computed once per prompt (text) or per block (audio)."""
 
+    def key_value(self, x_BSD: Tensor) -> KeyValue:
+        return self.split(self.norm_k(self.k(x_BSD))), self.split(self.v(x_BSD))
+
     def forward(self, x_BTD: Activation, context: KeyValue) -> Tensor:
-        return self.o(attend(self.query(x_BTD), *context).flatten(2))
+        q_BTHK = self.split(self.norm_q(self.q(x_BTD)))
+        return self.o(attend(q_BTHK, *context).flatten(2))
 
 
 class FeedForward(nn.Sequential):

@@ -129,11 +129,16 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor) -> Tensor:
     return normed.to(x_BTD.dtype) * weight_D
 
 
-def rotate(x_BTHK: Tensor, factors: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate the channel pairs of every head by `factors` (T, K/2, 2), float32 inside; into `out` if given. B is 1."""
+def rotate(x_BTHK: Tensor, factors: Tensor, *, norm_D: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Rotate the channel pairs of every head by `factors` (T, K/2, 2), float32 inside; into `out` if given. B is 1.
+
+    With the weight `norm_D` there is an RMS norm, over all heads together, before.
+    """
     if kernels := _kernels(x_BTHK.device):
         out = torch.empty_like(x_BTHK.contiguous()) if out is None else out
-        return kernels.heads(x_BTHK, None, factors, out, x_BTHK.shape[-1], EPS)
+        return kernels.heads(x_BTHK, norm_D, factors, out, x_BTHK.shape[-1], EPS)
+    if norm_D is not None:
+        x_BTHK = rms_norm(x_BTHK.flatten(2), norm_D).view_as(x_BTHK)
     a, b = x_BTHK.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = factors.unsqueeze(1).unbind(-1)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x_BTHK.dtype)

@@ -13,7 +13,7 @@ from liveavatar_core.geometry import LATENTS_PER_BLOCK, Geometry
 from liveavatar_core.model.cache import BlockCache, SinkLayer
 from liveavatar_core.model.dit import CausalDiT, TimeTable
 from liveavatar_core.model.layers import KeyValue, See
-from liveavatar_core.model.pointwise import rotate
+from liveavatar_core.model.pointwise import rms_norm, rotate
 from liveavatar_core.model.rope import (
     REFERENCE_POSITION,
     block_factors,
@@ -72,7 +72,8 @@ class Stage:
         sink: dict[int, SinkLayer] = {}
 
         def see(layer: int) -> See:
-            def store(k: Tensor, v: Tensor) -> KeyValue:
+            def store(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
+                k = rms_norm(k.flatten(2), norm).view_as(k)
                 # Copies, so that a sink outlives neither more nor less than its own rows.
                 frame = self.geometry.tokens_per_frame
                 sink[layer] = SinkLayer(k[:, :frame].clone(), k[:, frame:].clone(), v.clone())
@@ -103,7 +104,7 @@ class Stage:
         def see(layer: int) -> See:
             cache = caches[layer]
             cache.roll(reference)
-            return lambda k, v: cache.update(block, k, v, factors)
+            return lambda k, norm, v: cache.update(block, k, norm, v, factors)
 
         time = self._times[step]
         hidden = model.run_layers(hidden, time.modulation, factors, self._text, see, audio)

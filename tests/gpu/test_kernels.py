@@ -1,4 +1,4 @@
-"""Each fused kernel on a GPU against its plain form on the CPU, on widths that fill a row of lanes and ones that don't."""
+"""Each fused kernel on a GPU against its plain form on the CPU, on widths with and without a ragged end."""
 
 import pytest
 import torch
@@ -57,6 +57,7 @@ def cases(dtype: torch.dtype, width: int, rows: bool) -> dict:
         "gate": (lambda *a: gated(*a, dtype), (x.float(), y, gate)),
         "rms norm": (rms_norm, (x, weight.to(dtype))),
         "rotate": (rotate, (heads, factors)),
+        "norm, rotate": (lambda *a: rotate(*a[:2], norm_D=a[2]), (heads, factors, weight.to(dtype))),
         "gelu": (lambda x: gelu(x, rows=rows), (x,)),
         "quantise": (quantise_rows, (x,)),
     }
