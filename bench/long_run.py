@@ -37,7 +37,7 @@ def measure(minutes: float) -> dict:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         demo = write_demo(Path(folder) / "demo")
         speech = load_speech_encoder(demo.speech_encoder, dtype=torch.float32, device="cpu")
-        sound = torch.randn(round(minutes * 60 * rate), generator=torch.Generator().manual_seed(0)) * 0.1
+        sound = torch.randn(round(minutes * 60 * rate), generator=torch.Generator().manual_seed(0)).mul_(0.1)
         request = StreamRequest(
             model=ModelSpec(demo.shards, (LoraSpec(demo.lora),)),
             runtime=RuntimeSpec(("cpu",)),

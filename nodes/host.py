@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from liveavatar_core.runtime.runtime import Runtime
     from liveavatar_core.runtime.stream import LatentStream, StreamRequest
 
+    from .footprint import Footprint
+
 MAX_STREAMS = 8  # whose latents stay on disk for decoding again
 MAX_SPOOL_BYTES = 4 * 1024**3  # about 80 minutes at full size
 
@@ -31,6 +33,8 @@ _lock = threading.Lock()
 _runtime: "Runtime | None" = None
 _streams: "OrderedDict[str, LatentStream]" = OrderedDict()
 _vaes: "OrderedDict[str, WanVAE]" = OrderedDict()
+_footprints: "dict[str, Footprint]" = {}
+_reserving = False
 
 
 def runtime() -> "Runtime":
@@ -45,9 +49,26 @@ def runtime() -> "Runtime":
 
 
 def reserve(device: str, nbytes: int) -> None:
-    """Ask the host to move its own models off a device before ours are put there."""
-    comfy.model_management.free_memory(nbytes, torch.device(device))
-    comfy.model_management.soft_empty_cache()
+    """Have the host move its own models off a device before ours are put there, and show it what we hold."""
+    from .footprint import Footprint
+
+    global _reserving
+    footprint = _footprints.setdefault(device, Footprint(torch.device(device), _release))
+    footprint.size = runtime().nbytes.get(device, 0) + nbytes
+    _reserving = True
+    try:
+        comfy.model_management.load_models_gpu([footprint])
+    finally:
+        _reserving = False
+
+
+def _release() -> bool:
+    """The host wants memory back: give all of it, unless a stream is running or being prepared."""
+    if _runtime is not None:
+        if _reserving or _runtime.is_streaming:
+            return False
+        _runtime.unload()
+    return True
 
 
 def stream(key: str, request: "StreamRequest") -> "LatentStream":
@@ -119,8 +140,8 @@ class HostSpeechEncoder:
 
 def unload() -> None:
     """Free everything this pack holds on devices. Raises PlanError while a stream is running."""
-    if _runtime is not None:
-        _runtime.unload()
+    runtime().unload()
+    _footprints.clear()  # the host forgets them with the last reference
     with _lock:
         _vaes.clear()
     comfy.model_management.soft_empty_cache()

@@ -138,9 +138,9 @@ def test_hours_of_sound_in_the_memory_of_one_window():
     stream = FeatureStream(samples, encoder, fps=25, lead_frames=3)
     last = (stream.frames - 1) // 12
     assert last == 22_500
-    for block in (0, 1, 83, 84, last // 2, last - 1, 0):  # block 83 lies in two windows
+    for block in (0, 1, 41, 42, last // 2, last - 1, 0):  # block 41 lies in two windows
         assert stream.block(block).shape == (1, 1, 12)
-    assert len(made) == 5 and max(given) <= 51 * 16_000
+    assert len(made) == 5 and max(given) <= 31 * 16_000
     assert stream.block(last - 1).abs().max() > 0 == stream.block(last + 1).abs().max()
     held = [value for value in vars(stream).values() if torch.is_tensor(value)]
     assert [tensor.data_ptr() for tensor in held] == [samples.ctypes.data]  # the samples themselves, not a copy

@@ -26,7 +26,7 @@ HIDDEN_STRIDE = 320  # samples between two hidden states of wav2vec2
 HIDDEN_FIELD = 400  # samples one hidden state sees before attention
 HIDDEN_RATE = SAMPLE_RATE // HIDDEN_STRIDE
 FEATURE_RATE = 30  # the model was trained on features picked from this rate
-WINDOW_SECONDS = 40.0
+WINDOW_SECONDS = 20.0
 CONTEXT_SECONDS = 5.0  # on both sides; the positional convolution reaches 1.3 s, attention everywhere
 CHUNK = 1 << 20  # samples summed at a time, in float32; their sums are added in float64
 

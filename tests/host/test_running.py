@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import time
+import urllib.request
 from pathlib import Path
 
 import av
@@ -132,10 +133,24 @@ def test_unload_frees_and_the_next_run_loads_again(run_workflow):
     assert numpy.array_equal(pictures(the_video(video)), pictures(the_video(again)))
 
 
+def test_the_unload_button_takes_the_weights_back(server: Comfy, run_workflow):
+    """ComfyUI's own button, as an HTTP request; it acts between two prompts."""
+    gone = "Live Avatar gave back"
+    run_workflow(small(Sampler__seed=110))
+    before = server.log.read_text(errors="replace").count(gone)
+    request = urllib.request.Request(
+        f"{server.url}/api/free", json.dumps({"unload_models": True}).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request).close()
+    deadline = time.monotonic() + 30
+    while server.log.read_text(errors="replace").count(gone) == before:
+        assert time.monotonic() < deadline, "nothing was given back within 30 s"
+        time.sleep(0.2)
+    assert the_video(run_workflow(small(Sampler__seed=111))), "the next run loads again"
+
+
 def test_the_object_info_is_complete(server: Comfy):
     """Every input has a tooltip or speaks for itself, and every node says what it does."""
-    import urllib.request
-
     with urllib.request.urlopen(f"{server.url}/object_info") as answer:
         info = {name: node for name, node in json.load(answer).items() if name.startswith("LiveAvatar_")}
     assert len(info) == 10
