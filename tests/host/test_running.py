@@ -124,6 +124,20 @@ def test_frames_and_sound_for_stock_nodes(run_workflow):
     assert pictures(the_video(run_workflow(workflow))).shape == (13, 64, 96, 3)
 
 
+def test_the_prompt_that_is_sent_can_be_seen(run_workflow):
+    text = {"text": "A dwarf in a forge, warm lighting.", "style": "Pixar style", "lighting": "warm lighting"}
+    workflow = {
+        "demo": {"class_type": "LiveAvatar_DemoLoader", "inputs": {"single_file": False}},
+        "prompt": {
+            "class_type": "LiveAvatar_PromptConditioner",
+            "inputs": {"clip": ["demo", 1], "action": "laughing heartily", **text},
+        },
+        "show": {"class_type": "PreviewAny", "inputs": {"source": ["prompt", 1]}},
+    }
+    (shown,) = run_workflow(workflow).outputs["show"]["text"]
+    assert shown == "A dwarf in a forge, warm lighting, laughing heartily, Pixar style", "each helper once"
+
+
 def test_unload_frees_and_the_next_run_loads_again(run_workflow):
     workflow = small(Sampler__seed=109)
     video = run_workflow(workflow)
