@@ -13,7 +13,7 @@ from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, Samp
 from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, vae_shapes, write_demo
 from liveavatar_core.encoders.vae import StreamDecoder, read_vae
 from liveavatar_core.errors import PlanError
-from liveavatar_core.geometry import Geometry
+from liveavatar_core.geometry import Geometry, fit_size
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.pipeline.plan import PREFILL, Plan, choose
 from liveavatar_core.pipeline.stage import Stage
@@ -253,6 +253,8 @@ def test_the_nearest_setting_is_named():
         r"\(short by 7\.\d GiB\)\. Try: precision fp8 \(72\.\d GiB\); size 416x224 \(.*",
     ):
         check(planned("bf16"), free)
+    roomier = {"cuda:0": planned("bf16", geometry=Geometry(*fit_size(384, 704, AREAS[1]))).total}
+    assert "size 672x368" in dict(alternatives(planned("bf16"), roomier)), "the largest that fits"
     tight = {"cuda:0": 48 * GIB}
     assert list(dict(alternatives(planned("bf16"), tight)))[0] == "precision fp8 with size 416x224"
 
