@@ -47,15 +47,18 @@ class BlockCache:
         """Move the reference tokens to the position given by their rotary factors (rolling RoPE)."""
         rotate(self._reference_k, reference, out=self.k_BSHK[:, : self._reference_k.shape[1]])
 
+    def advance(self, block: int) -> None:
+        """Blocks come in order, each once; to be called before a block's `update`."""
+        if block != self.next_block:
+            raise RuntimeError(f"cache expects block {self.next_block}, got {block}")
+        self.next_block += 1
+
     def update(
         self, block: int, k_BTHK: Tensor, norm_D: Tensor, v_BTHK: Tensor, factors: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Store a block's keys, normed and rotated on the way, and values; return views of all its queries may see."""
-        if block != self.next_block:
-            raise RuntimeError(f"cache expects block {self.next_block}, got {block}")
-        self.next_block += 1
         start = self.sink_tokens + block % WINDOW_BLOCKS * self.block_tokens
         rotate(k_BTHK, factors, norm_D=norm_D, out=self.k_BSHK[:, start : start + self.block_tokens])
         self.v_BSHK[:, start : start + self.block_tokens] = v_BTHK
-        visible = self.sink_tokens + min(self.next_block, WINDOW_BLOCKS) * self.block_tokens
+        visible = self.sink_tokens + min(block + 1, WINDOW_BLOCKS) * self.block_tokens
         return self.k_BSHK[:, :visible], self.v_BSHK[:, :visible]

@@ -4,6 +4,8 @@ Called by `pointwise` alone, whose plain functions say what each computes. Rows 
 rounded on the way, it is rounded here too, so that both differ only in the order of sums.
 """
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -94,7 +96,8 @@ def _quantise(x, out, row_scale, width, GELU: tl.constexpr, BLOCK: tl.constexpr)
 
 
 def _launch(kernel, grid: tuple[int, ...], like: Tensor, *args, warps: int, **flags) -> None:
-    with torch.cuda.device_of(like):  # Triton launches on the current device, whatever its tensors' is
+    # Triton launches on the current device, wherever its tensors are.
+    with nullcontext() if like.device.index == torch.cuda.current_device() else torch.cuda.device_of(like):
         kernel[grid](*args, **flags, num_warps=warps)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from liveavatar_core.config import SamplingConfig
-from liveavatar_core.geometry import LATENTS_PER_BLOCK, Geometry
+from liveavatar_core.geometry import LATENTS_PER_BLOCK, WINDOW_BLOCKS, Geometry
+from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.model.cache import BlockCache, SinkLayer
 from liveavatar_core.model.dit import CausalDiT, TimeTable
 from liveavatar_core.model.layers import KeyValue, See
@@ -21,6 +22,7 @@ from liveavatar_core.model.rope import (
     reference_factors,
     reference_position,
 )
+from liveavatar_core.pipeline.graphs import LayerGraphs
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.sampling import block_noise, clip_noise, euler, reference_distance, sigmas, timestep
 from liveavatar_core.types import Payload
@@ -30,9 +32,20 @@ class Stage:
     """State of one stream on one device. Build a new one for a new stream; the model is shared and read-only."""
 
     def __init__(
-        self, spec: StageSpec, model: CausalDiT, geometry: Geometry, sampling: SamplingConfig, text: Tensor
+        self,
+        spec: StageSpec,
+        model: CausalDiT,
+        geometry: Geometry,
+        sampling: SamplingConfig,
+        text: Tensor,
+        *,
+        graphs: bool = True,
     ) -> None:
-        """`text` (length, text_dim). Everything constant over the stream is computed here, once."""
+        """`text` (length, text_dim). Everything constant over the stream is computed here, once.
+
+        `graphs`: on a GPU, run the layers as CUDA graphs once the window is full. Same numbers; not for weights that
+        move.
+        """
         self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
         self.device = torch.device(spec.device)
         self.levels = sigmas(sampling.steps, sampling.shift)
@@ -51,6 +64,7 @@ class Stage:
         self._sinks: dict[int, dict[int, SinkLayer]] = {}  # version -> layer -> sink, until every step has it
         self._installed = dict.fromkeys(spec.steps, PREFILL)
         self._motion = self._factors(motion_factors)
+        self._graphs = LayerGraphs(self.device) if graphs and self.device.type == "cuda" else None
 
     def _factors(self, table, *args: int) -> Tensor:
         return table(*args, self.geometry, self.model.config.head_dim, self.sampling.rope_rounding, self.device)
@@ -100,16 +114,28 @@ class Stage:
         reference = self._factors(reference_factors, position)
         factors = self._factors(block_factors, block)
         caches = dict(zip(self.spec.layers, self._caches[step], strict=True))
-
-        def see(layer: int) -> See:
-            cache = caches[layer]
-            cache.roll(reference)
-            return lambda k, norm, v: cache.update(block, k, norm, v, factors)
-
+        for cache in caches.values():
+            cache.advance(block)
         time = self._times[step]
-        hidden = model.run_layers(hidden, time.modulation, factors, self._text, see, audio)
+
+        def layers(hidden: Tensor, factors: Tensor, reference: Tensor, local: Tensor, pooled: Tensor) -> Tensor:
+            def see(layer: int) -> See:
+                cache = caches[layer]
+                cache.roll(reference)
+                return lambda k, norm, v: cache.update(block, k, norm, v, factors)
+
+            tokens = AudioTokens(local, pooled, audio.mask)
+            return model.run_layers(hidden, time.modulation, factors, self._text, see, tokens)
+
+        inputs = (hidden, factors, reference, audio.local, audio.pooled)
+        # The block before this one had a full window too, and has run the same shapes outside a graph.
+        if self._graphs is not None and block >= WINDOW_BLOCKS and audio.mask is None:
+            hidden = self._graphs.run((step, block % WINDOW_BLOCKS), layers, inputs)
+        else:
+            hidden = layers(*inputs)
         if not model.has_head:
-            return replace(payload, latent=latent, hidden=hidden, audio=audio)
+            # A graph's result is overwritten by the next one.
+            return replace(payload, latent=latent, hidden=hidden.clone(), audio=audio)
         velocity = model.velocity(hidden, time, self.geometry.grid)
         latent = euler(latent, velocity, step, self.levels)
         return replace(payload, step=step + 1, latent=latent, hidden=None, audio=audio)
@@ -144,6 +170,8 @@ class Stage:
     def _install(self, step: int, version: int) -> None:
         if self._installed[step] == version:
             return
+        if self._graphs is not None:
+            self._graphs.forget(step)
         for layer, cache in zip(self.spec.layers, self._caches[step], strict=True):
             cache.install(self._sinks[version][layer], self._motion)
         self._installed[step] = version

@@ -1,0 +1,55 @@
+"""CUDA graphs of a stage's layers: the host launches once where it would launch some 1,500 kernels.
+
+Owns the graphs, their common memory and their inputs. Does not know what the layers compute.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Key = tuple[int, int]  # step, slot of the ring: what decides which memory a forward writes
+
+
+class LayerGraphs:
+    """One graph per key. They run one after the other, so they share memory and inputs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # captured on, never run on
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
+        self._inputs: tuple[Tensor, ...] = ()
+
+    def run(self, key: Key, layers: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        """layers(*inputs), captured at the first call of a key: its shapes must have run before, outside a graph.
+
+        The result has the shape of the first input and lives until the next call.
+        """
+        if not self._inputs:
+            self._inputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+        for held, given in zip(self._inputs, inputs, strict=True):
+            held.copy_(given)
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(layers)
+        self._graphs[key].replay()
+        return self._inputs[0]
+
+    def forget(self, step: int) -> None:
+        """Drop a step's graphs: memory they read is about to be replaced."""
+        old = [key for key in self._graphs if key[0] == step]
+        if old:
+            torch.cuda.current_stream().synchronize()  # they may still be running
+        for key in old:
+            del self._graphs[key]
+
+    def _capture(self, layers: Callable[..., Tensor]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # By hand, not by torch.cuda.graph: that one waits for the GPU first. Thread-local: other stages and the
+            # decoder go on meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._inputs[0].copy_(layers(*self._inputs))
+            finally:
+                graph.capture_end()
+        return graph
