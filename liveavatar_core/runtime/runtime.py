@@ -35,10 +35,20 @@ def inspect_model(model: ModelSpec) -> ModelConfig:
     """The model's shape from the files' headers; LoRAs are checked against it. Raises WeightsError. Loads nothing."""
     with open_weights(model.checkpoint) as reader:
         config = infer_config(reader.infos(), reader.config)
+        if reader.record is not None:
+            reader.record.check(model.checkpoint, model.loras)
     for spec in model.loras:
         with open_lora(spec.path, spec.strength) as lora:
             lora.check(config)
     return config
+
+
+def choose_precision(model: ModelSpec, precision: str) -> str:
+    """`auto` is what a converted file was made for; other precisions, and auto for other files, stay."""
+    if precision != "auto":
+        return precision
+    with open_weights(model.checkpoint) as reader:
+        return precision if reader.record is None else reader.record.precision
 
 
 class Runtime:
@@ -87,16 +97,17 @@ class Runtime:
         """
         _check_devices(spec.devices)
         plan = choose(spec.plan, steps, config.layers, spec.devices)
-        if self._resident != (model, spec.precision):
+        precision = choose_precision(model, spec.precision)
+        if self._resident != (model, precision):
             self.unload()
         needed = {(stage.device, stage.layers) for stage in plan.stages}
         for part in [part for part in self._models if part not in needed]:
             del self._models[part]
         if geometry is not None:
-            self._make_room(plan_memory(config, geometry, plan, spec.precision, decoder=spec.devices[-1]))
+            self._make_room(plan_memory(config, geometry, plan, precision, decoder=spec.devices[-1]))
         for part in sorted(needed - self._models.keys(), key=str):
-            self._models[part] = self._load(model, config, part, spec.precision, progress)
-        self._resident = (model, spec.precision)
+            self._models[part] = self._load(model, config, part, precision, progress)
+        self._resident = (model, precision)
         return plan
 
     def _make_room(self, memory: MemoryPlan) -> None:

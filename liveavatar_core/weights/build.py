@@ -18,7 +18,7 @@ from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.weights.layout import lora_targets
 from liveavatar_core.weights.lora import Lora, merge
 from liveavatar_core.weights.quant import Fp8Linear, quantise_linears
-from liveavatar_core.weights.reader import TensorInfo, WeightReader
+from liveavatar_core.weights.reader import WeightReader
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) after each tensor; it may raise to cancel."""
@@ -99,12 +99,14 @@ def prepared(
     are rounded to the model's dtype, merged and quantised again, like any other weight. Raises WeightsError as
     `load_dit` does, before anything is read.
     """
+    if reader.record is not None:
+        reader.record.check(reader.path, loras, _precision(model))
     for lora in loras:
         lora.check(model.config)
     _check_names(reader, empty_dit(model.config))
     infos = reader.infos()
     needed = list(empty_dit(model.config, model.layers).state_dict())
-    total = sum(_bytes(infos[name]) for name in needed)
+    total = sum(infos[name].nbytes for name in needed)
     done = 0
     merged = lora_targets(model.config) if loras else {}
     for name in needed:
@@ -119,9 +121,16 @@ def prepared(
         else:
             tensor = reader.get(name).to(device, getattr(owner, part).dtype)
             yield name, merge(tensor, module, loras) if part == "weight" else tensor
-        done += _bytes(infos[name])
+        done += infos[name].nbytes
         if progress is not None:
             progress(done, total)
+
+
+def _precision(model: CausalDiT) -> str:
+    """As in RuntimeSpec."""
+    if any(isinstance(module, Fp8Linear) for module in model.modules()):
+        return "fp8"
+    return {torch.bfloat16: "bf16", torch.float32: "fp32"}[model.dtype]
 
 
 def _kept(reader: WeightReader, name: str, linear: Fp8Linear) -> dict[str, Tensor] | None:
@@ -142,10 +151,6 @@ def _quantised(linear: Fp8Linear, weight: Tensor) -> dict[str, Tensor]:
 
 def _keeps_float32(name: str) -> bool:
     return name.startswith(_FLOAT32) or name.endswith((".modulation", ".weight_scale"))
-
-
-def _bytes(info: TensorInfo) -> int:
-    return info.dtype.itemsize * torch.Size(info.shape).numel()
 
 
 def _check_names(reader: WeightReader, model: CausalDiT) -> None:

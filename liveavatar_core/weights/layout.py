@@ -50,6 +50,13 @@ def infer_config(infos: Mapping[str, TensorInfo], config: dict | None) -> ModelC
         raise WeightsError(f"config.json does not fit the tensors: {error}") from error
 
 
+def official_config(config: ModelConfig) -> dict[str, object]:
+    """What a config.json must say for `infer_config` to find this model in its tensors."""
+    stated: dict[str, object] = {key: getattr(config, field) for key, field in _NAMES_IN_JSON.items()}
+    chosen = {"num_heads": config.heads, "audio_inject_layers": list(config.audio_layers), "text_len": config.text_len}
+    return stated | chosen
+
+
 def lora_targets(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Module name -> (out, in) of every linear that the published LoRA changes: 448 at the real size."""
     square, up, down = (config.dim, config.dim), (config.ffn_dim, config.dim), (config.dim, config.ffn_dim)

@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liveavatar_core.errors import WeightsError
+from liveavatar_core.weights.record import Record, read_record
 from liveavatar_core.weights.scaled import dequantise, find_factors, is_weight
 
 MARKER = "casual_audio_encoder.encoder.final_linear.weight"  # only speech-to-video models have it
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # official names, then ComfyUI's single files
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -44,6 +45,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
 
 class WeightReader:
     """Named tensors of one or several safetensors files; a context manager. `path` is what the user named."""
@@ -55,13 +60,15 @@ class WeightReader:
         config: dict | None = None,
         prefix: str = "",
         factors: Mapping[str, str] | None = None,
+        record: Record | None = None,
     ) -> None:
         """`prefix` is removed from names; names without it are ignored. Raises WeightsError for damaged files.
 
         `factors`: as `find_factors` gives them; None reads the file as it is, factors as tensors of their own.
+        `record`: of a converted file, for whoever wants to load it.
         """
         self.path, self.files = path, tuple(files)
-        self.config = config
+        self.config, self.record = config, record
         self._factors = factors or {}
         self._stack = ExitStack()
         self._sources: dict[str, tuple[safe_open, str]] = {}  # official name -> (file, name in the file)
@@ -79,7 +86,7 @@ class WeightReader:
                     header = handle.get_slice(stored)
                     name = stored[len(prefix) :]
                     self._sources[name] = (handle, stored)
-                    self._infos[name] = TensorInfo(tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+                    self._infos[name] = TensorInfo(tuple(header.get_shape()), DTYPES[header.get_dtype()])
         except (SafetensorError, OSError) as error:
             self.close()
             raise WeightsError(f"{file} is not a complete safetensors file ({error}); download it again") from error
@@ -149,9 +156,12 @@ def open_weights(path: Path | str) -> WeightReader:
             raise WeightsError(f"{path} is not a speech-to-video model: it has no {MARKER}; use Wan2.2-S2V-14B")
         own = {name.removeprefix(prefix): info for name, info in infos.items() if name.startswith(prefix)}
         factors = find_factors(path, own)
-    if len(files) == 1 and config is None:
-        config = _embedded_config(files[0])
-    return WeightReader(path, files, config, prefix, factors)
+    record = None
+    if len(files) == 1:
+        metadata = _metadata(files[0])
+        record = read_record(metadata, path)
+        config = config or _embedded_config(metadata, files[0])
+    return WeightReader(path, files, config, prefix, factors, record)
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -180,13 +190,16 @@ def _read_config(path: Path) -> dict | None:
     return _parse(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
-def _embedded_config(path: Path) -> dict | None:
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+def _embedded_config(metadata: Mapping[str, str], path: Path) -> dict | None:
     """ComfyUI keeps a model's settings as JSON under "transformer" of the metadata entry "config"."""
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("config")
-    if text is None:
+    if "config" not in metadata:
         return None
-    config = _parse(text, path)
+    config = _parse(metadata["config"], path)
     return config.get("transformer", config)
 
 
