@@ -112,6 +112,7 @@ def measure(loop: Loop, forwards: int) -> dict:
     last = block + -(-forwards // rings)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    allocated: list[int] = []  # bytes after each forward
     marks, host = [torch.cuda.Event(enable_timing=True)], []
     marks[0].record()
     start = time.perf_counter()
@@ -119,13 +120,20 @@ def measure(loop: Loop, forwards: int) -> dict:
         host.append(time.perf_counter() - start)
         marks.append(torch.cuda.Event(enable_timing=True))
         marks[-1].record()
+        allocated.append(torch.cuda.memory_allocated())
         start = time.perf_counter()
     torch.cuda.synchronize()
     periods = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)][1:]
+    # Every slot's graph has been captured by then; what comes after is the steady state.
+    periods = periods[WINDOW_BLOCKS * rings :] or periods
+    quarter = max(1, len(periods) // 4)
     kernels, slowest, idle = profile(loop, last)
     return {
         "forward_ms": round(statistics.median(periods), 2),
         "forward_ms_range": [round(min(periods), 2), round(max(periods), 2)],
+        "first_quarter_ms": round(statistics.median(periods[:quarter]), 2),
+        "last_quarter_ms": round(statistics.median(periods[-quarter:]), 2),
+        "growth_mib": (allocated[-1] - allocated[len(allocated) // 2]) >> 20,
         "host_ms": round(1000 * statistics.median(host), 2),
         "kernels_ms": round(sum(kernels.values()), 2),
         "gpu_idle": round(idle, 4),
@@ -218,7 +226,18 @@ def commit() -> str:
 
 def show(result: dict) -> None:
     print(f"\n== {result['precision']} {result['size']} on {result['gpu']}")
-    for name in ("forward_ms", "forward_ms_range", "host_ms", "kernels_ms", "gpu_idle", "peak_gib", "velocity_error"):
+    for name in (
+        "forward_ms",
+        "forward_ms_range",
+        "first_quarter_ms",
+        "last_quarter_ms",
+        "growth_mib",
+        "host_ms",
+        "kernels_ms",
+        "gpu_idle",
+        "peak_gib",
+        "velocity_error",
+    ):
         print(f"{name:18} {result.get(name)}")
     for kind, ms in result["breakdown_ms"].items():
         print(f"  {kind:20} {ms:8.2f} ms")
@@ -276,7 +295,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", choices=sorted(RINGS), default=["bf16", "fp8"])
     parser.add_argument("--size", default="704x384")
-    parser.add_argument("--forwards", type=int, default=12)
+    parser.add_argument("--forwards", type=int, default=32)
     parser.add_argument("--vae", action="store_true")
     parser.add_argument("--commit", default="")
     main(parser.parse_args())

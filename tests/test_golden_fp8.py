@@ -5,7 +5,7 @@ from torch import Tensor
 
 from liveavatar_core.model.pointwise import Rows, quantise_rows
 from liveavatar_core.weights.build import empty_dit
-from liveavatar_core.weights.quant import Fp8Linear, dequantised_linear, quantise_fp8, quantise_linears
+from liveavatar_core.weights.quant import Fp8Linear, dequantised_linear, quantise_fp8, quantise_linears, scaled_linear
 
 SCALE = 1e-6
 EXACT = 0.0
@@ -103,6 +103,18 @@ def test_scales_by_row_are_closer(golden) -> None:
                 rows = quantise_rows(x)
                 assert isinstance(rows, Rows) and torch.equal(linear(rows), y.to(bias.dtype)), case
         assert errors[0] < 0.05 and errors[0] < errors[1], f"{case}: {errors}"
+
+
+def test_weights_alone_in_fp8(golden) -> None:
+    """The way of cards without fp8: as close as the rounding of the weights allows."""
+    tensors, _ = golden("fp8")
+    for case in cases(tensors):
+        weight, bias, x = (tensors[f"{case}.{part}"].float() for part in ("weight", "bias", "x"))
+        linear = Fp8Linear(weight.shape[1], weight.shape[0])
+        linear.store(weight)
+        want = torch.nn.functional.linear(x, weight)
+        got = scaled_linear(x, linear.weight, linear.weight_scale, bias) - bias
+        assert (got - want).norm() < 0.04 * want.norm(), case
 
 
 def test_zeros_stay_zeros(golden) -> None:

@@ -33,7 +33,11 @@ def quantise_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Fp8Linear(nn.Module):
-    """A linear with an e4m3 weight. Multiplies in fp8 where the card can, else in float32 with the same bytes."""
+    """A linear with an e4m3 weight. Multiplies in fp8 where the card can.
+
+    Where it cannot: by row, the activations stay as they are and only the weights are fp8; on a CPU, and per tensor,
+    float32 reproduces what a card with fp8 would do.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, device: torch.device | str | None = None, *, by_row: bool = True
@@ -49,7 +53,7 @@ class Fp8Linear(nn.Module):
 
     def store(self, weight: Tensor) -> None:
         """Take over a full precision weight (out, in); the bias is an ordinary parameter."""
-        if self.takes_rows:
+        if self._by_row:
             rows = quantise_rows(weight.detach().unsqueeze(0))
             values, scale = rows.values[0], rows.scale.flatten()
         else:
@@ -58,17 +62,23 @@ class Fp8Linear(nn.Module):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     @property
-    def takes_rows(self) -> bool:
-        """Whether every token has its own scale; whatever makes the input may then quantise it in passing."""
+    def _by_row(self) -> bool:
         return self.weight_scale.numel() > 1
+
+    @property
+    def takes_rows(self) -> bool:
+        """Whether every token gets a scale of its own; whatever makes the input may then quantise it in passing."""
+        return self._by_row and (self.weight.device.type == "cpu" or has_fp8(self.weight.device))
 
     def forward(self, x: Activation) -> Tensor:
         """(..., in) -> (..., out) in x's dtype, rounded to bf16 on the way as the original's fp8 product is.
 
         Rows, whose dtype before is unknown, give the dtype of the bias.
         """
+        if self._by_row and not self.takes_rows:
+            return scaled_linear(x, self.weight, self.weight_scale, self.bias)
         dtype = self.bias.dtype if isinstance(x, Rows) else x.dtype
-        if self.takes_rows:
+        if self._by_row:
             rows = x if isinstance(x, Rows) else quantise_rows(x)
             shape = rows.values.shape
             values, scale = rows.values.flatten(0, -2), rows.scale.flatten(0, -2)
@@ -94,6 +104,11 @@ class Fp8Linear(nn.Module):
 def dequantised_linear(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
     """The product of e4m3 values (rows, in) and weight (out, in) in float32: (rows, out) before any rounding."""
     return F.linear(values.float() * scale, weight.float() * weight_scale.unsqueeze(1), bias.float())
+
+
+def scaled_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:
+    """x times an e4m3 weight (out, in) with a scale per output channel, multiplied in x's dtype."""
+    return (F.linear(x, weight.to(x.dtype)) * weight_scale + bias).to(x.dtype)
 
 
 def has_fp8(device: torch.device) -> bool:

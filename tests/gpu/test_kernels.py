@@ -8,7 +8,8 @@ from liveavatar_core.model import pointwise
 from liveavatar_core.model.attention import attend
 from liveavatar_core.model.pointwise import Rows, add_norm, gated, gelu, norm, quantise_rows, rms_norm, rotate
 from liveavatar_core.model.rope import block_factors, reference_factors
-from liveavatar_core.weights.quant import Fp8Linear, has_fp8
+from liveavatar_core.weights import quant
+from liveavatar_core.weights.quant import Fp8Linear, has_fp8, scaled_linear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -115,3 +116,18 @@ def test_fp8_product(tokens, by_row):
     want = linear(x).float()
     got = linear.cuda()(x.cuda()).cpu().float()
     assert ((got - want).norm() / want.norm()).item() < 5e-3  # bf16 results, fast accumulation
+
+
+def test_weights_alone_in_fp8(monkeypatch):
+    """What a card without fp8 does, against the same on the CPU in float32."""
+    torch.manual_seed(0)
+    linear = Fp8Linear(256, 128)
+    linear.store(torch.randn(128, 256) / 16)
+    linear.bias.data = torch.randn(128).bfloat16()
+    x = torch.randn(1, 50, 256).bfloat16()
+    want = scaled_linear(x.float(), linear.weight, linear.weight_scale, linear.bias.float())
+    monkeypatch.setattr(quant, "has_fp8", lambda device: False)
+    linear = linear.cuda()
+    assert not linear.takes_rows
+    got = linear(x.cuda()).cpu().float()
+    assert ((got - want).norm() / want.norm()).item() < 5e-3  # bf16
