@@ -13,8 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,21 @@ from liveavatar_core.weights.quant import Fp8Linear, quantise_linears  # noqa: E
 
 TINY = ModelConfig(dim=256, heads=2, ffn_dim=512, layers=3, audio_layers=(0, 2), audio_dim=16, audio_states=3)
 RINGS = {"bf16": 2, "fp8": 4}  # steps whose caches are held: four rings beside bf16 weights would not fit into 80 GB
+SHOWN = (
+    "forward_ms",
+    "vae_ms",
+    "forward_ms_range",
+    "first_quarter_ms",
+    "last_quarter_ms",
+    "host_ms",
+    "kernels_ms",
+    "gpu_idle",
+    "start_ms",
+    "first_block_ms",
+    "peak_gib",
+    "growth_mib",
+    "velocity_error",
+)
 KINDS = (  # kind, parts of kernel names; the first match counts
     ("attention", ("sdpa", "flash", "fmha", "attention")),
     ("gemm", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "wgmma")),
@@ -127,7 +142,7 @@ def measure(loop: Loop, forwards: int) -> dict:
     # Every slot's graph has been captured by then; what comes after is the steady state.
     periods = periods[WINDOW_BLOCKS * rings :] or periods
     quarter = max(1, len(periods) // 4)
-    kernels, slowest, idle = profile(loop, last)
+    kernels, slowest, idle = profile(lambda: deque(loop.forwards(last, last + 1), 0), rings)
     return {
         "forward_ms": round(statistics.median(periods), 2),
         "forward_ms_range": [round(min(periods), 2), round(max(periods), 2)],
@@ -138,36 +153,33 @@ def measure(loop: Loop, forwards: int) -> dict:
         "kernels_ms": round(sum(kernels.values()), 2),
         "gpu_idle": round(idle, 4),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-        "breakdown_ms": {kind: round(ms, 2) for kind, ms in sorted(kernels.items(), key=lambda item: -item[1])},
+        "breakdown_ms": kernels,
         "slowest": slowest,
     }
 
 
-def profile(loop: Loop, block: int) -> tuple[dict[str, float], list[tuple[str, int, float]], float]:
-    """Kernel milliseconds of one forward by kind, the slowest kernels as (name, calls, ms), idle share of the GPU.
-
-    Idle is what no kernel covers between the first and the last of the recorded block.
-    """
+def profile(work: Callable[[], None], parts: int) -> tuple[dict[str, float], list[tuple[str, int, float]], float]:
+    """Kernel milliseconds of one of the `parts` equal pieces of work by kind, the slowest kernels as (name, calls,
+    ms), and the idle share of the GPU: what no kernel covers between the first and the last."""
     from torch.profiler import ProfilerActivity
 
     kinds: dict[str, float] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(list)
-    rings = len(loop.stage.spec.steps)
     with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        for _ in loop.forwards(block, block + 1):
-            pass
+        work()
         torch.cuda.synchronize()
     spans = []
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spans.append((event.time_range.start, event.time_range.end))
-            ms = event.time_range.elapsed_us() / 1000 / rings
+            ms = event.time_range.elapsed_us() / 1000 / parts
             kinds[kind_of(event.name)] += ms
             names[event.name].append(ms)
     whole = max(end for _, end in spans) - min(start for start, _ in spans)
-    idle = 1 - 1000 * rings * sum(kinds.values()) / whole
-    slowest = sorted(names.items(), key=lambda item: -sum(item[1]))[:28]
-    return dict(kinds), [(name[:90], round(len(ms) / rings), round(sum(ms), 2)) for name, ms in slowest], idle
+    idle = 1 - 1000 * parts * sum(kinds.values()) / whole
+    kinds = {kind: round(ms, 2) for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])}
+    slowest = sorted(names.items(), key=lambda item: -sum(item[1]))[:20]
+    return kinds, [(name[:90], round(len(ms) / parts), round(sum(ms), 2)) for name, ms in slowest], idle
 
 
 def velocities(loop: Loop, blocks: int, feed: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
@@ -207,11 +219,31 @@ def measure_vae(geometry: Geometry, device: torch.device, *, channels_last: bool
         start = time.perf_counter()
         decoder.decode(latents[:, :3]).cpu()
         times.append(1000 * (time.perf_counter() - start))
-    peak = torch.cuda.max_memory_allocated() / 2**30
+    kernels, slowest, idle = profile(lambda: decoder.decode(latents[:, :3]).cpu(), 1)
     return {
-        "channels_last": channels_last,
+        "precision": "VAE, channels last" if channels_last else "VAE",
         "vae_ms": round(statistics.median(times[2:]), 1),
-        "peak_gib": round(peak, 2),
+        "kernels_ms": round(sum(kernels.values()), 2),
+        "gpu_idle": round(idle, 4),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "breakdown_ms": kernels,
+        "slowest": slowest,
+    }
+
+
+def measure_start(model: CausalDiT, geometry: Geometry, rings: int, device: torch.device) -> dict:
+    """A new stream on a warm model: until the attention sink is there, and from then until block 0 is."""
+    torch.cuda.synchronize()
+    times = [time.perf_counter()]
+    loop = Loop(model, geometry, rings, device)
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    deque(loop.forwards(0, 1), 0)
+    torch.cuda.synchronize()
+    times.append(time.perf_counter())
+    return {
+        "start_ms": round(1000 * (times[1] - times[0]), 1),
+        "first_block_ms": round(1000 * (times[2] - times[1]), 1),
     }
 
 
@@ -226,19 +258,9 @@ def commit() -> str:
 
 def show(result: dict) -> None:
     print(f"\n== {result['precision']} {result['size']} on {result['gpu']}")
-    for name in (
-        "forward_ms",
-        "forward_ms_range",
-        "first_quarter_ms",
-        "last_quarter_ms",
-        "growth_mib",
-        "host_ms",
-        "kernels_ms",
-        "gpu_idle",
-        "peak_gib",
-        "velocity_error",
-    ):
-        print(f"{name:18} {result.get(name)}")
+    for name in SHOWN:
+        if name in result:
+            print(f"{name:18} {result[name]}")
     for kind, ms in result["breakdown_ms"].items():
         print(f"  {kind:20} {ms:8.2f} ms")
     for name, calls, ms in result["slowest"]:
@@ -279,14 +301,21 @@ def main(options: argparse.Namespace) -> None:
                     cache.next_block = WINDOW_BLOCKS + 1  # as full as the others; what is in it costs the same time
         if device.type == "cuda":
             result |= measure(loop, options.forwards)
+            rings = len(loop.stage.spec.steps)
+            del loop
+            gc.collect()
+            torch.cuda.empty_cache()
+            result |= measure_start(model, geometry, rings, device)
             show(result)
         lines.append(result)
-        del model, loop
+        del model
+        loop = None
         gc.collect()
         torch.cuda.empty_cache()
     if options.vae and device.type == "cuda":
         for channels_last in (False, True):
             lines.append({**about, **measure_vae(geometry, device, channels_last=channels_last)})
+            show(lines[-1])
     for line in lines:
         print(json.dumps({name: value for name, value in line.items() if name != "slowest"}))
 
