@@ -5,7 +5,7 @@ import os
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import decode, demo, inputs, loaders, sampler, tools
+from . import convert, decode, demo, inputs, loaders, memory, sampler, tools
 
 
 class LiveAvatarExtension(ComfyExtension):
@@ -23,5 +23,7 @@ class LiveAvatarExtension(ComfyExtension):
             sampler.ChunkedSampler,
             decode.OnlineDecode,
             decode.OnlineDecodeFrames,
+            memory.MemoryPlan,
+            convert.ConvertAndSave,
             tools.Unload,
         ]

@@ -153,9 +153,21 @@ def test_any_shape_and_type_is_read_back_by_the_library(tmp_path):
     }
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     writer.write_tensors(tmp_path / "a.safetensors", infos, {"a": "ü"}, reversed(list(tensors.items())))
+    content = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8 : 8 + length]).items():
+        begin = 8 + length + entry["data_offsets"][0] if name in infos else 0
+        assert name == "__metadata__" or begin % infos[name].dtype.itemsize == 0, "readers may view the bytes in place"
     read = load_file(tmp_path / "a.safetensors")
     assert all(torch.equal(as_bytes(read[name]), as_bytes(tensor)) for name, tensor in tensors.items())
     assert {name: tensor.shape for name, tensor in read.items()} == {name: t.shape for name, t in tensors.items()}
+
+
+def test_a_tensor_that_never_came_is_noticed(tmp_path):
+    infos = {name: TensorInfo((2,), torch.float32) for name in "ab"}
+    with pytest.raises(RuntimeError, match="1 tensors were announced and never came, b first"):
+        writer.write_tensors(tmp_path / "a.safetensors", infos, {}, [("a", torch.zeros(2))])
+    assert list(tmp_path.iterdir()) == []
 
 
 @contextmanager

@@ -189,11 +189,16 @@ def free_memory(devices: Iterable[str]) -> dict[str, int]:
     return free
 
 
+def as_device(name: str) -> torch.device:
+    """A device by its name, there or not. Raises PlanError for a name that torch does not know."""
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise PlanError(f"device {name!r} is not a name torch knows; use names like cuda:0 or cpu") from error
+
+
 def _check_devices(devices: tuple[str, ...]) -> None:
     for name in devices:
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise PlanError(f"device {name!r} is not a name torch knows; use names like cuda:0 or cpu") from error
+        device = as_device(name)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise PlanError(f"device {name} does not exist here; CUDA devices found: {torch.cuda.device_count()}")

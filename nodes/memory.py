@@ -1,0 +1,86 @@
+"""A node that says how much memory a video will take, before anything is loaded."""
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from liveavatar_core.config import MAX_STEPS
+from liveavatar_core.errors import PlanError
+
+from . import host
+from .inputs import DEFAULT_SIZE, SIZES
+from .loaders import runtime_spec
+from .sampler import fitted
+from .types import CATEGORY, ModelSocket, RuntimeSocket
+
+
+class MemoryPlan(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiveAvatar_MemoryPlan",
+            display_name="Live Avatar Memory Plan",
+            category=CATEGORY,
+            description="How much memory each device needs for a video, part by part, and what to change where it "
+            "does not fit. Loads nothing; devices that are not here can be planned for, too.",
+            inputs=[
+                ModelSocket.Input("model"),
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZES),
+                    default=DEFAULT_SIZE,
+                    tooltip="Size of the video, where no image is connected.",
+                ),
+                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Denoising steps of the sampler."),
+                io.Image.Input("image", optional=True, tooltip="The picture the video will be made of."),
+                RuntimeSocket.Input("runtime", optional=True),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+            outputs=[io.String.Output("STRING", display_name="plan")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model=None, size=None, steps=None, image=None, runtime=None):
+        return float("nan")  # free memory is another each time
+
+    @classmethod
+    def execute(cls, model, size, steps, image=None, runtime=None) -> io.NodeOutput:
+        from liveavatar_core.geometry import Geometry
+        from liveavatar_core.pipeline.plan import choose
+        from liveavatar_core.runtime.memory import check, plan_memory, table
+        from liveavatar_core.runtime.runtime import as_device, choose_precision, inspect_model
+
+        spec = runtime if runtime is not None else runtime_spec()
+        for name in spec.devices:
+            as_device(name)
+        config = inspect_model(model)
+        if image is not None:
+            height, width = fitted(image).shape[1:]
+        else:
+            width, height = (int(side) for side in size.split()[0].split("*"))
+        memory = plan_memory(
+            config,
+            Geometry(height, width),
+            choose(spec.plan, steps, config.layers, spec.devices),
+            choose_precision(model, spec.precision),
+            decoder=spec.devices[-1],
+        )
+        free = {name: nbytes for name in memory.devices if (nbytes := _free(name)) is not None}
+        text = table(memory, free)
+        try:
+            check(memory, free)
+        except PlanError as error:
+            text += f"\n{error}"
+        host.say(cls.hidden.unique_id, text)
+        return io.NodeOutput(text)
+
+
+def _free(name: str) -> int | None:
+    """Bytes there are once ComfyUI has made room: what is free and what this process holds. None: not a card here."""
+    import torch
+
+    device = torch.device(name)
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        return None
+    return comfy.model_management.get_free_memory(device) + torch.cuda.memory_allocated(device)
