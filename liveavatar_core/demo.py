@@ -113,7 +113,7 @@ def write_demo(root: Path | str, seed: int = 0) -> DemoFiles:
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         fresh = DemoFiles(Path(scratch) / "new")
-        _write_dit(fresh, seed)
+        write_dit(fresh, seed)
         _save(fresh.lora, _draw_all(_lora_shapes(), seed))
         _save(fresh.vae, _draw_all(vae_shapes(_VAE_DIM), seed))
         _save(fresh.text_encoder, _draw_all(_text_shapes(), seed) | {"spiece_model": _train_tokenizer()})
@@ -251,7 +251,8 @@ def _draw(name: str, noise: Tensor) -> Tensor:
     return values.bfloat16()
 
 
-def _write_dit(files: DemoFiles, seed: int) -> None:
+def write_dit(files: DemoFiles, seed: int) -> None:
+    """The DiT alone, in both layouts."""
     shapes = {name: tuple(tensor.shape) for name, tensor in empty_dit(DEMO_CONFIG).state_dict().items()}
     tensors = _draw_all(shapes, seed)
     config = _official_config()
