@@ -89,6 +89,15 @@ def test_vae_of_the_published_model():
     assert WAN_VAE.parameters == sum(torch.Size(shape).numel() for shape in vae_shapes(WAN_VAE.width).values())
 
 
+def test_peaks_measured_on_a_card():
+    """bench/results, H100, 704x384: one stage in fp8 whose sink is still there, and the decoder. In GiB."""
+    memory = planned("fp8")
+    stage = sum(part(memory, name) for name in dict.fromkeys(part.name for part in memory.parts if part.stage == 0))
+    assert stage / GIB == pytest.approx(65.76, rel=0.02)
+    decoder = sum(part.nbytes for part in memory.parts if part.stage is None)
+    assert decoder / GIB == pytest.approx((6.22 + 5.93) / 2, rel=0.05)  # and in channels last
+
+
 def test_parts_are_where_the_plan_puts_them():
     memory = planned("bf16", "tpp", 2)
     assert memory.devices == ("cuda:0", "cuda:1")
