@@ -3,19 +3,32 @@
 Owns the graphs, their common memory and their inputs. Does not know what the layers compute.
 """
 
+import threading
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 Key = tuple[int, int]  # step, slot of the ring: what decides which memory a forward writes
 
+_capturing = threading.Lock()
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of this device that is captured on and never run on.
+
+    One for the process: the matrix library keeps 32 MiB of workspace for every stream it has ever seen.
+    """
+    return torch.cuda.Stream(device)
+
 
 class LayerGraphs:
     """One graph per key. They run one after the other, so they share memory and inputs."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # captured on, never run on
+        self._stream = _capture_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[Key, torch.cuda.CUDAGraph] = {}
         self._inputs: tuple[Tensor, ...] = ()
@@ -44,7 +57,7 @@ class LayerGraphs:
 
     def _capture(self, layers: Callable[..., Tensor]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with _capturing, torch.cuda.stream(self._stream):  # stages that share a device share the stream
             # By hand, not by torch.cuda.graph: that one waits for the GPU first. Thread-local: other stages and the
             # decoder go on meanwhile.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
