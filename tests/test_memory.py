@@ -286,14 +286,14 @@ def test_sizes_proposed_are_those_on_offer():
 
 
 def test_the_runtime_plans_before_it_loads(demo: DemoFiles, caplog: pytest.LogCaptureFixture):
-    reserved: dict[str, int] = {}
+    reserved: list[tuple[str, int]] = []
     model, spec = ModelSpec(demo.shards), RuntimeSpec(("cpu",))
-    runtime = Runtime(lambda device, nbytes: reserved.setdefault(device, nbytes), free=lambda devices: {"cpu": 1000})
+    runtime = Runtime(lambda *asked: reserved.append(asked), free=lambda devices: {"cpu": 1000})
     with caplog.at_level(logging.INFO), pytest.raises(PlanError, match="cpu needs .* for 96x64"):
         runtime.ensure(model, DEMO_CONFIG, spec, 4, geometry=SMALL)
     assert runtime.nbytes == {}, "nothing may be loaded"
     memory = plan_memory(DEMO_CONFIG, SMALL, choose("auto", 4, 4, ["cpu"]), "auto", decoder="cpu")
-    assert reserved == {"cpu": memory.on("cpu")}
+    assert reserved == [("cpu", memory.on("cpu"))]
     assert "block caches" in caplog.text and "needed" in caplog.text
 
 
@@ -306,6 +306,7 @@ def test_weights_already_here_are_not_asked_for_again(demo: DemoFiles):
     with pytest.raises(PlanError):
         runtime.ensure(model, DEMO_CONFIG, spec, 4, geometry=SMALL)
     runtime.ensure(model, DEMO_CONFIG, spec, 4)
+    assert asked == [memory.total, weights]
     asked.clear()
     runtime.ensure(model, DEMO_CONFIG, spec, 4, geometry=SMALL)
     assert asked == [memory.total - weights]

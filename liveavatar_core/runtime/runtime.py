@@ -106,6 +106,9 @@ class Runtime:
         if geometry is not None:
             self._make_room(plan_memory(config, geometry, plan, precision, decoder=spec.devices[-1]))
         for part in sorted(needed - self._models.keys(), key=str):
+            device, layers = part
+            if geometry is None:
+                self._reserve(device, weight_bytes(config, layers, precision, device))
             self._models[part] = self._load(model, config, part, precision, progress)
         self._resident = (model, precision)
         return plan
@@ -127,7 +130,6 @@ class Runtime:
         with ExitStack() as files:
             reader = files.enter_context(open_weights(model.checkpoint))
             loras = [files.enter_context(open_lora(spec.path, spec.strength)) for spec in model.loras]
-            self._reserve(device, weight_bytes(config, layers, precision, device))
             dit = load_dit(
                 reader,
                 config,
