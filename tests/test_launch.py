@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import run
 from launch import ROOT, LaunchError, demo, environment
 from launch.cache import cache_folder, locked
 from launch.client import WorkflowFailed, _explain
@@ -211,3 +212,12 @@ def test_no_server_survives_its_starter(tmp_path: Path) -> None:
     while answers(url) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not answers(url)
+
+
+def test_the_recordings_option_reaches_pytest_as_it_is_typed(tmp_path: Path) -> None:
+    """A directory outside the clone, as a word of its own: pytest alone takes that for a folder of tests."""
+    arguments = run.with_values_joined(["-k", "test_causal_loop", "--golden", str(tmp_path), "--collect-only", "-q"])
+    command = [sys.executable, "-m", "pytest", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "test_golden_model.py::test_causal_loop" in done.stdout, done.stdout + done.stderr
+    assert run.with_values_joined(["--golden=here", "x"]) == ["--golden=here", "x"]
