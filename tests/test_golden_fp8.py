@@ -9,7 +9,7 @@ from liveavatar_core.weights.quant import Fp8Linear, dequantised_linear, quantis
 
 SCALE = 1e-6
 EXACT = 0.0
-FLOAT32 = 5e-7  # another order of sums in the product
+FLOAT32 = 5e-6  # another order of sums in the product
 BF16_STEP = 2.0**-7  # where such a sum falls to the other side of a rounding: one step of the largest value
 
 
