@@ -123,9 +123,11 @@ def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Ten
                 last = chunk.first_frame + len(frames)
                 span = slice(*(sample_at(frame, speech.fps, speech.sample_rate) for frame in (chunk.first_frame, last)))
                 yield frames, _exactly(speech.waveform[:, span], span.stop - span.start)
-                picture = Image.fromarray(frames[-1].numpy())
+                # None after the last block: the page loads previews late, and would put it over the finished video.
+                ended = chunk.block + 1 == stream.blocks
+                preview = None if ended else ("JPEG", Image.fromarray(frames[-1].numpy()), None)
                 host.say(node_id, f"block {chunk.block + 1} of {stream.blocks}: {last / speech.fps:.1f} s")
-                bar.update_absolute(chunk.block + 1, stream.blocks, ("JPEG", picture, None))
+                bar.update_absolute(chunk.block + 1, stream.blocks, preview)
         except Cancelled:
             comfy.model_management.throw_exception_if_processing_interrupted()
             raise
