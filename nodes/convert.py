@@ -49,16 +49,7 @@ class ConvertAndSave(io.ComfyNode):
         device = torch.device(runtime_spec().devices[0])  # where the model would be merged without this node
         comfy.model_management.free_memory(MERGING_BYTES, device)
         bar = comfy.utils.ProgressBar(100, node_id=cls.hidden.unique_id)
-        last = -1
-
-        def report(done: int, total: int) -> None:
-            nonlocal last
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            percent = done * 100 // max(total, 1)
-            if percent != last:
-                last = percent
-                bar.update_absolute(percent, 100)
-
+        report = host.bytes_progress(lambda percent: bar.update_absolute(percent, 100))
         converted = convert(model, out, precision=precision, device=device, progress=report)
         host.say(cls.hidden.unique_id, f"{out.name}: {out.stat().st_size / 1024**3:.1f} GiB")
         return io.NodeOutput(converted)

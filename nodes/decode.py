@@ -115,7 +115,8 @@ def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Ten
     stream, speech = avatar.stream, avatar.speech
     decoder = StreamDecoder(host.wan_vae(vae, stream.request.runtime.devices[-1]))
     bar = comfy.utils.ProgressBar(stream.blocks, node_id=node_id)
-    latents = stream.latents(host.should_stop, host.bytes_progress(node_id))
+    loading = host.bytes_progress(lambda percent: host.say(node_id, f"loading the model: {percent} %"))
+    latents = stream.latents(host.should_stop, loading)
     with closing(latents):
         try:
             for chunk in frame_chunks(latents, decoder, stream.portrait[1], avatar.frames):

@@ -181,8 +181,8 @@ def say(node_id: str | None, text: str) -> None:
         PromptServer.instance.send_progress_text(text, node_id)
 
 
-def bytes_progress(node_id: str | None) -> Callable[[int, int], None]:
-    """Report loading in the node, and let an interrupt end it."""
+def bytes_progress(show: Callable[[int], None]) -> Callable[[int, int], None]:
+    """For (bytes done, bytes in all): calls `show(percent)` when it changes, and lets an interrupt end the work."""
     last = -1
 
     def report(done: int, total: int) -> None:
@@ -191,6 +191,6 @@ def bytes_progress(node_id: str | None) -> Callable[[int, int], None]:
         percent = done * 100 // max(total, 1)
         if percent != last:
             last = percent
-            say(node_id, f"loading the model: {percent} %")
+            show(percent)
 
     return report
