@@ -60,16 +60,24 @@ class SamplingConfig:
     distance: int | tuple[tuple[int, ...], ...] | None = None  # fixed; or [block][step]; or None: drawn from seed
     reanchor_block: int | None = 4  # first block that sees the generated reference; None never switches
     rope_rounding: bool = True  # round rotary factors to float16 as the model was trained
+    skip_last_step: bool = False  # jump over the almost noiseless last level; the others stay where they are
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
             raise ConfigError(f"steps is {self.steps}; it must be 1..{MAX_STEPS}, and the model was distilled for 4")
+        if self.skip_last_step and self.steps == 1:
+            raise ConfigError("skip_last_step leaves nothing to do with steps 1; use 2 steps or more")
         if self.shift <= 0:
             raise ConfigError(f"shift is {self.shift}; it must be positive")
         if isinstance(self.distance, int) and self.distance < 1:
             raise ConfigError(f"distance is {self.distance}; it must be at least 1 latent")
         if self.reanchor_block is not None and self.reanchor_block < 1:
             raise ConfigError(f"reanchor_block is {self.reanchor_block}; block 0 must exist first, so at least 1")
+
+    @property
+    def evaluations(self) -> int:
+        """Forwards per block: the steps that a plan shares out."""
+        return self.steps - self.skip_last_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +95,8 @@ class ModelSpec:
 
 
 PRECISIONS = ("auto", "bf16", "fp32", "fp8")
+ATTENTIONS = ("exact", "int8")
+KV_CACHES = ("full", "fp8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +106,15 @@ class RuntimeSpec:
     devices: tuple[str, ...]  # in the order the plan hands them out
     plan: str = "auto"  # a name in pipeline.plan.PLANS, or auto
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"  # auto: bf16 on GPUs, fp32 on a CPU
+    attention: Literal["exact", "int8"] = "exact"  # int8: products of queries and keys in 8 bits
+    kv_cache: Literal["full", "fp8"] = "full"  # fp8: keys and values of past blocks in 8 bits
+    vram: float | None = None  # GiB that may be used of each GPU; None: all that is free
 
     def __post_init__(self) -> None:
         if not self.devices:
             raise ConfigError("no device was named; give at least one, like cuda:0 or cpu")
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        for name, choices in (("precision", PRECISIONS), ("attention", ATTENTIONS), ("kv_cache", KV_CACHES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        if self.vram is not None and self.vram <= 0:
+            raise ConfigError(f"vram is {self.vram} GiB; it must be positive, or None for all that is free")

@@ -19,6 +19,12 @@ def sigmas(steps: int, shift: float) -> tuple[float, ...]:
     return tuple(scheduler.sigmas.tolist())
 
 
+def levels(sampling: SamplingConfig) -> tuple[float, ...]:
+    """The noise levels a stream visits, from 1 to 0; without the last but one if that is skipped (SPEC 8.5.1)."""
+    visited = sigmas(sampling.steps, sampling.shift)
+    return (*visited[:-2], visited[-1]) if sampling.skip_last_step else visited
+
+
 def timestep(sigma: float) -> float:
     """1000 * sigma in float32, unrounded: what the time embedding takes."""
     return (torch.tensor(sigma) * 1000).item()

@@ -5,7 +5,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from liveavatar_core.config import PRECISIONS, LoraSpec, ModelSpec, RuntimeSpec
+from liveavatar_core.config import ATTENTIONS, KV_CACHES, PRECISIONS, LoraSpec, ModelSpec, RuntimeSpec
 
 from .types import CATEGORY, ModelSocket, RuntimeSocket
 
@@ -107,19 +107,53 @@ class RuntimeSettings(io.ComfyNode):
                     default="auto",
                     tooltip="auto: bf16 on GPUs, fp32 on a CPU. fp8: linear layers in 8 bits, half the memory.",
                 ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTIONS),
+                    default="exact",
+                    advanced=True,
+                    tooltip="int8: queries times keys in 8 bits, faster; slightly other pictures.",
+                ),
+                io.Combo.Input(
+                    "kv_cache",
+                    options=list(KV_CACHES),
+                    default="full",
+                    advanced=True,
+                    tooltip="fp8: what the model remembers of past blocks in 8 bits, half that memory; slightly other "
+                    "pictures.",
+                ),
+                io.Float.Input(
+                    "vram",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=1.0,
+                    advanced=True,
+                    tooltip="GiB of each GPU that may be used. 0: all that is free. What does not fit is streamed from "
+                    "main memory, same pictures.",
+                ),
             ],
             outputs=[RuntimeSocket.Output("LIVEAVATAR_RUNTIME", display_name="runtime")],
         )
 
     @classmethod
-    def execute(cls, devices, plan, precision) -> io.NodeOutput:
+    def execute(cls, devices, plan, precision, attention="exact", kv_cache="full", vram=0.0) -> io.NodeOutput:
         names = tuple(name.strip() for name in devices.split(",") if name.strip())
-        return io.NodeOutput(runtime_spec(names, plan, precision))
+        return io.NodeOutput(
+            runtime_spec(
+                names,
+                plan=plan,
+                precision=precision,
+                attention=attention,
+                kv_cache=kv_cache,
+                vram=vram or None,
+            )
+        )
 
 
-def runtime_spec(devices: tuple[str, ...] = ("auto",), plan: str = "auto", precision: str = "auto") -> RuntimeSpec:
-    """`auto` is the device ComfyUI itself uses."""
+def runtime_spec(devices: tuple[str, ...] = ("auto",), **settings) -> RuntimeSpec:
+    """With further settings of RuntimeSpec by name. The device `auto` is the one ComfyUI itself uses."""
     import comfy.model_management
 
     own = str(comfy.model_management.get_torch_device())
-    return RuntimeSpec(tuple(own if name == "auto" else name for name in devices), plan, precision)
+    return RuntimeSpec(tuple(own if name == "auto" else name for name in devices), **settings)

@@ -64,6 +64,13 @@ class ChunkedSampler(io.ComfyNode):
                 io.Combo.Input("noise", options=list(NOISE), advanced=True),
                 io.Combo.Input("reference_latent", options=list(REFERENCE_LATENT), advanced=True),
                 io.Float.Input("shift", default=3.0, min=0.1, max=20.0, step=0.1, advanced=True),
+                io.Boolean.Input(
+                    "skip_last_step",
+                    default=False,
+                    advanced=True,
+                    tooltip="Leave out the last step, which is almost null: a quarter faster at 4 steps, slightly "
+                    "other pictures. Not the same as one step less.",
+                ),
             ],
             outputs=[StreamSocket.Output("LIVEAVATAR_STREAM", display_name="stream")],
         )
@@ -85,6 +92,7 @@ class ChunkedSampler(io.ComfyNode):
         noise="per block",
         reference_latent="first frame (original, many GPUs)",
         shift=3.0,
+        skip_last_step=False,
     ) -> io.NodeOutput:
         from liveavatar_core.encoders.audio_features import FeatureStream
         from liveavatar_core.io.sound import to_speech
@@ -97,6 +105,7 @@ class ChunkedSampler(io.ComfyNode):
             noise=NOISE[noise],
             distance=reference_distance or None,
             reanchor_block=REFERENCE_SWITCH[reference_switch],
+            skip_last_step=skip_last_step,
         )
         spec = runtime if runtime is not None else runtime_spec()
         picture = fitted(image)

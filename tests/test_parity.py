@@ -14,6 +14,7 @@ from liveavatar_core.pipeline.plan import Plan, grid, layer_ring, single, tpp
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
+from liveavatar_core.sampling import levels
 from liveavatar_core.types import BlockRequest, Conditioning
 
 CONFIG = ModelConfig(
@@ -157,6 +158,18 @@ def test_short_streams_keep_the_first_sink(model, inputs):
     short = (conditioning, requests[:4])
     never = run(model, short, plan, SamplingConfig(seed=11, reanchor_block=None))
     assert torch.equal(run(model, short, plan, SamplingConfig(seed=11)), never)
+
+
+def test_skipping_the_last_step_keeps_the_levels_before_it(model, inputs):
+    whole, skipping = SamplingConfig(seed=11), SamplingConfig(seed=11, skip_last_step=True)
+    assert levels(skipping) == (*levels(whole)[:3], 0.0) != levels(SamplingConfig(steps=3))
+    wants = {}
+    for sampling in (whole, skipping):
+        wants[sampling] = run(model, inputs, single(sampling.evaluations, CONFIG.layers, ["cpu"]), sampling)
+    assert torch.equal(run(model, inputs, tpp(3, CONFIG.layers, ["cpu"] * 3), skipping, depth=3), wants[skipping])
+    # Block 0 has no past: its first three velocities are the same, and the step left out covers 0.9 % of the way.
+    difference = (wants[whole][0] - wants[skipping][0]).norm() / wants[whole][0].norm()
+    assert 0 < difference < 0.05
 
 
 def test_seed_changes_noise_and_distance(model, inputs):

@@ -37,6 +37,15 @@ class BlockCache:
         self.next_block = 0  # a Python int: never read back from a GPU
         self._reference_k: Tensor | None = None
 
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """All that is stored: tensors (1, stored tokens, ...), the sink's tokens first."""
+        return self.k_BSHK, self.v_BSHK
+
+    def place(self, memory: tuple[Tensor, ...]) -> None:
+        """Live in other memory of the same shapes from now on; what is in it is taken as it is."""
+        self.k_BSHK, self.v_BSHK = memory
+
     def install(self, sink: SinkLayer, motion: Tensor) -> None:
         """Take over a sink version; `motion` are the fixed rotary factors of its motion tokens."""
         self._reference_k = sink.reference_k

@@ -24,7 +24,7 @@ from liveavatar_core.model.rope import (
 )
 from liveavatar_core.pipeline.graphs import LayerGraphs
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
-from liveavatar_core.sampling import block_noise, clip_noise, euler, reference_distance, sigmas, timestep
+from liveavatar_core.sampling import block_noise, clip_noise, euler, levels, reference_distance, timestep
 from liveavatar_core.types import Payload
 
 
@@ -48,7 +48,7 @@ class Stage:
         """
         self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
         self.device = torch.device(spec.device)
-        self.levels = sigmas(sampling.steps, sampling.shift)
+        self.levels = levels(sampling)
         config = model.config
         self._text = model.embed_text(text.to(self.device))
         self._times: dict[int, TimeTable] = {PREFILL: model.time_table(0.0)}

@@ -64,7 +64,7 @@ class LatentStream:
             return
         request = self.request
         plan = self._runtime.ensure(
-            request.model, self.config, request.runtime, request.sampling.steps, progress, geometry=self.geometry
+            request.model, self.config, request.runtime, request.sampling.evaluations, progress, geometry=self.geometry
         )
         conditioning = Conditioning(request.text, *self.portrait)
         latents = self._runtime.latents(
