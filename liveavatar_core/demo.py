@@ -231,10 +231,10 @@ def _norm(name: str, dim: int) -> dict[str, tuple[int, ...]]:
 
 def _draw_all(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: _draw(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
+    return {name: draw(name, torch.randn(shape, generator=generator)) for name, shape in shapes.items()}
 
 
-def _draw(name: str, noise: Tensor) -> Tensor:
+def draw(name: str, noise: Tensor) -> Tensor:
     """Scale noise so that activations stay of unit order through every layer."""
     if name.endswith(("gamma", "weight_g", "encoder.weights")) or (noise.ndim == 1 and name.endswith("weight")):
         values = 1 + 0.1 * noise

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from liveavatar_core.types import BlockRequest, Conditioning
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.lora import open_lora
-from liveavatar_core.weights.reader import open_weights
+from liveavatar_core.weights.reader import WeightReader, open_weights
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +59,14 @@ class Runtime:
         self,
         reserve: Callable[[str, int], None] = lambda device, nbytes: None,
         free: Callable[[Iterable[str]], Mapping[str, int]] | None = None,
+        open_model: Callable[[Path], WeightReader] = open_weights,
     ) -> None:
         """`reserve(device, nbytes)` is called before a device is used, so that the host can make room.
 
         `free(devices)` gives the bytes there are then; `free_memory`, which knows CUDA devices, if None.
+        `open_model(checkpoint)` gives the tensors; another one serves a model that no file holds.
         """
-        self._reserve, self._free = reserve, free or free_memory
+        self._reserve, self._free, self._open = reserve, free or free_memory, open_model
         self._models: dict[tuple[str, range], CausalDiT] = {}
         self._resident: tuple[ModelSpec, str] | None = None  # model and precision of what is loaded
         self._streaming = threading.Lock()
@@ -128,7 +131,7 @@ class Runtime:
         device, layers = part
         dtype = work_dtype(precision, device)
         with ExitStack() as files:
-            reader = files.enter_context(open_weights(model.checkpoint))
+            reader = files.enter_context(self._open(model.checkpoint))
             loras = [files.enter_context(open_lora(spec.path, spec.strength)) for spec in model.loras]
             dit = load_dit(
                 reader,
