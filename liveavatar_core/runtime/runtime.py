@@ -146,6 +146,11 @@ class Runtime:
         log.info("layers %d-%d of %s are on %s", layers.start, layers.stop - 1, model.checkpoint.name, device)
         return dit
 
+    def stages(self, plan: Plan, geometry: Geometry, sampling: SamplingConfig, text: Tensor) -> list[Stage]:
+        """New stages for one stream, in the plan's order, on what `ensure` made resident. To be run inside
+        `torch.inference_mode()`."""
+        return [Stage(spec, self._models[spec.device, spec.layers], geometry, sampling, text) for spec in plan.stages]
+
     def latents(
         self,
         plan: Plan,
@@ -161,10 +166,7 @@ class Runtime:
             raise PlanError("another Live Avatar stream is running on these devices; wait for it or stop it first")
         try:
             with torch.inference_mode():
-                stages = [
-                    Stage(spec, self._models[spec.device, spec.layers], geometry, sampling, conditioning.text)
-                    for spec in plan.stages
-                ]
+                stages = self.stages(plan, geometry, sampling, conditioning.text)
             # One block more than there are stages, so that no stage waits while frames are decoded.
             depth = len(stages) + 1
             with ThreadedPipeline(plan, stages) as pipeline:
