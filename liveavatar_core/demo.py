@@ -116,7 +116,7 @@ def write_demo(root: Path | str, seed: int = 0) -> DemoFiles:
         write_dit(fresh, seed)
         _save(fresh.lora, _draw_all(_lora_shapes(), seed))
         _save(fresh.vae, _draw_all(vae_shapes(_VAE_DIM), seed))
-        _save(fresh.text_encoder, _draw_all(_text_shapes(), seed) | {"spiece_model": _train_tokenizer()})
+        _save(fresh.text_encoder, _draw_all(_text_shapes(), seed) | {"spiece_model": train_tokenizer()})
         _write_speech_encoder(fresh.speech_encoder, seed)
         _write_json(fresh.root / _STAMP, _stamp(fresh.root, seed))
         _publish(fresh.root, root, seed)
@@ -322,7 +322,7 @@ def _write_speech_encoder(folder: Path, seed: int) -> None:
     _write_json(folder / "preprocessor_config.json", preprocessor | {"padding_value": 0.0, "sampling_rate": 16_000})
 
 
-def _train_tokenizer() -> Tensor:
+def train_tokenizer() -> Tensor:
     """A sentencepiece model of the sentences above, as the bytes that ComfyUI keeps in `spiece_model`."""
     # Comes with ComfyUI; the core itself does not need it.
     from sentencepiece import SentencePieceTrainer
