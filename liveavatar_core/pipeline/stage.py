@@ -23,6 +23,7 @@ from liveavatar_core.model.rope import (
     reference_position,
 )
 from liveavatar_core.pipeline.graphs import LayerGraphs
+from liveavatar_core.pipeline.links import upload
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.sampling import block_noise, clip_noise, euler, levels, reference_distance, timestep
 from liveavatar_core.types import Payload
@@ -148,7 +149,7 @@ class Stage:
         if request.mask is not None:
             audio = replace(audio, mask=request.mask.to(self.device, model.dtype))
         noise = request.noise if request.noise is not None else self._noise(request.block)
-        latent = noise.to(self.device, model.dtype)
+        latent = upload(noise.to(model.dtype), self.device)
         return replace(payload, latent=latent, audio=audio, pose=request.pose, request=None)
 
     def _embed(self, latent: Tensor, payload: Payload) -> Tensor:

@@ -1,118 +1,148 @@
-"""One process, one thread per stage: inboxes instead of links. The host side of a pipeline, for any plan.
+"""One process, one thread per stage, for any plan: workers, and the links between them.
 
-A worker takes the oldest block that is ready. Links are first in, first out, so every stage still sees its blocks
-in order at each step; late audio changes when a picture arrives, never what it shows.
+Links are first in, first out, so every stage still sees its blocks in order at each step; late audio changes when a
+picture arrives, never what it shows.
 """
 
-import queue
+import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import time
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from liveavatar_core.errors import StageError
-from liveavatar_core.pipeline.plan import PREFILL, Plan
+from liveavatar_core.pipeline.links import Lane, Mark, carry, each, lanes
+from liveavatar_core.pipeline.monitor import Monitor
+from liveavatar_core.pipeline.plan import PREFILL, Plan, StageSpec
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.pipeline.worker import POLL, Waiting, Worker
 from liveavatar_core.types import BlockRequest, Payload
 
+log = logging.getLogger(__name__)
 
-class _Inbox:
-    """Payloads waiting for one stage."""
-
-    def __init__(self) -> None:
-        self._waiting: list[Payload] = []
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def put(self, payload: Payload) -> None:
-        with self._changed:
-            self._waiting.append(payload)
-            self._changed.notify()
-
-    def take(self, ready: Callable[[Payload], bool]) -> Payload | None:
-        """The oldest ready payload; waits for one. None once closed."""
-        with self._changed:
-            while not self._closed:
-                candidates = [payload for payload in self._waiting if ready(payload)]
-                if candidates:
-                    oldest = min(candidates, key=lambda payload: payload.block)
-                    self._waiting.remove(oldest)
-                    return oldest
-                self._changed.wait()
-        return None
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._waiting.clear()
-            self._changed.notify()
+PLACES = 2  # hidden states that may wait for one stage: one arrives while another is being read
+STALLED = 60.0  # seconds after which a device or a link counts as dead
+PATIENCE_AT_THE_END = 2.0  # seconds that a stage in the middle of a hop may take to stop
 
 
 class ThreadedPipeline:
     """Runs one stream. Use as a context manager: threads live inside the `with`."""
 
-    def __init__(self, plan: Plan, stages: Sequence[Stage]) -> None:
+    def __init__(self, plan: Plan, stages: Sequence[Stage], monitor: Monitor | None = None) -> None:
         self.plan = plan
-        self._stages = stages
-        self._inboxes = [_Inbox() for _ in stages]
-        self._results: queue.Queue[tuple[int, Tensor] | StageError] = queue.Queue()
+        self.monitor = monitor or Monitor()
+        self._changed = threading.Condition()
+        self._results: deque[tuple[int, Tensor, Mark]] = deque()
+        self._failure: StageError | None = None
+        self._workers = [
+            Worker(
+                stage,
+                lane,
+                self.monitor,
+                self._changed,
+                has_room=partial(self._has_room, stage.spec),
+                pass_on=partial(self._pass_on, stage.spec),
+            )
+            for stage, lane in zip(stages, lanes([stage.device for stage in stages]), strict=True)
+        ]
+        self._driver = Lane(torch.device("cpu"))
         self._threads = [
-            threading.Thread(target=self._work, args=(stage,), name=f"liveavatar-stage-{stage.spec.index}")
-            for stage in stages
+            threading.Thread(target=self._work, args=(worker,), name=f"liveavatar-stage-{i}")
+            for i, worker in enumerate(self._workers)
         ]
 
     def __enter__(self) -> "ThreadedPipeline":
-        for thread in self._threads:
+        for worker, thread in zip(self._workers, self._threads, strict=True):
+            worker.lane.follow_caller()  # the stages were made on its streams
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop at the next hop and wait for the threads."""
         self._close()
-        for thread in self._threads:
-            thread.join()
+        deadline = time.perf_counter() + PATIENCE_AT_THE_END
+        for worker, thread in zip(self._workers, self._threads, strict=True):
+            thread.join(max(0.0, deadline - time.perf_counter()))
+            if thread.is_alive():
+                log.warning("%s is still in the middle of a hop; its memory stays taken until that ends", thread.name)
+            else:
+                worker.lane.release_to_caller()
 
     def prefill(self, version: int, reference: Tensor, motion: Tensor) -> None:
         """Compute a version of the attention sink on every stage. Blocks that look at it wait for it by themselves."""
         payload = Payload(block=PREFILL, step=PREFILL, sink=version, condition=(reference, motion))
         for row in self.plan.rows:
-            self._inboxes[row[0].index].put(payload)
+            self._give(row[0].index, payload)
 
     def submit(self, request: BlockRequest) -> None:
         payload = Payload(block=request.block, step=0, sink=request.sink, request=request)
-        self._inboxes[self.plan.rows[0][0].index].put(payload)
+        self._give(self.plan.rows[0][0].index, payload)
 
     def result(self, timeout: float) -> tuple[int, Tensor] | None:
         """The next finished block, in order, as (block, latent); None if none came in time. Raises StageError."""
+        deadline = time.perf_counter() + timeout
+        with self._changed:
+            while True:
+                if self._results and self._results[0][2].passed:
+                    block, latent, mark = self._results.popleft()
+                    self.monitor.finished(block, mark.time)
+                    if latent.is_cuda:
+                        latent.record_stream(torch.cuda.current_stream(latent.device))
+                    return block, latent
+                for worker in self._workers:
+                    worker.settle()
+                    worker.check_time(STALLED)
+                if self._failure is not None and not self._results:
+                    raise self._failure
+                left = deadline - time.perf_counter()
+                if left <= 0:
+                    return None
+                self._changed.wait(min(left, POLL) if self._results else left)
+
+    def _give(self, stage: int, payload: Payload) -> None:
+        """From the driver's own memory to a stage."""
+        worker = self._workers[stage]
+        carried, _, arrived = carry(each(payload, Tensor.cpu), Mark(), self._driver, worker.lane)
+        worker.put(Waiting(carried, None, arrived, time.perf_counter()))
+
+    def _has_room(self, spec: StageSpec, payload: Payload) -> bool:
+        """Whether the stage that gets `payload`'s hidden states can hold them; latents are small and always fit."""
+        row = self.plan.rows[spec.row]
+        if spec.column + 1 == len(row):
+            return True
+        waiting = self._workers[row[spec.column + 1].index].waiting
+        return sum(item.sender == spec.index for item in waiting) < PLACES
+
+    def _pass_on(self, spec: StageSpec, done: Payload, computed: Mark, expected: float) -> None:
+        target = self.plan.next_stage(spec, done.step)
+        if target is None:
+            if done.step != PREFILL:
+                with self._changed:
+                    self._results.append((done.block, done.latent, computed))
+                    self._changed.notify_all()
+        elif target is spec:  # its own stream keeps the order
+            self._workers[spec.index].put(Waiting(done, None, Mark(), time.perf_counter()))
+        else:
+            source, worker = self._workers[spec.index], self._workers[target.index]
+            carried, begin, arrived = carry(done, computed, source.lane, worker.lane)
+            worker.put(Waiting(carried, spec.index, arrived, expected))
+            source.copied(done, begin, arrived)
+
+    def _work(self, worker: Worker) -> None:
         try:
-            result = self._results.get(timeout=timeout)
-        except queue.Empty:
-            return None
-        if isinstance(result, StageError):
-            raise result
-        return result
+            worker.work()
+        except StageError as failure:
+            self._fail(failure)
+
+    def _fail(self, failure: StageError) -> None:
+        with self._changed:
+            self._failure = self._failure or failure
+        self._close()
 
     def _close(self) -> None:
-        for inbox in self._inboxes:
-            inbox.close()
-
-    def _work(self, stage: Stage) -> None:
-        on_cuda = stage.device.type == "cuda"
-        inbox = self._inboxes[stage.spec.index]
-        with torch.inference_mode(), torch.cuda.device(stage.device) if on_cuda else nullcontext():
-            while (payload := inbox.take(stage.ready)) is not None:
-                try:
-                    done = stage.run(payload)
-                except Exception as error:  # a border: whatever it is, the driver must hear of it
-                    failure = StageError(stage.spec.index, payload.block, payload.step, str(error) or repr(error))
-                    failure.__cause__ = error
-                    self._results.put(failure)
-                    self._close()
-                    return
-                target = self.plan.next_stage(stage.spec, done.step)
-                if target is not None:
-                    self._inboxes[target.index].put(done)
-                elif done.step != PREFILL:
-                    self._results.put((done.block, done.latent))
+        for worker in self._workers:
+            worker.close()

@@ -1,0 +1,209 @@
+"""One stage at work: what waits for it, which hop comes next, and what was seen of each.
+
+The same in a thread of this process and in an actor of another. The order of hops follows the devices' time, not the
+host's: with CUDA graphs the host would send one block round the whole ring before it looks at the next.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from traceback import clear_frames
+
+import torch
+
+from liveavatar_core.errors import StageError
+from liveavatar_core.pipeline.links import Lane, Mark
+from liveavatar_core.pipeline.monitor import Monitor, Span
+from liveavatar_core.pipeline.plan import PREFILL
+from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.types import Payload
+
+LEAD = 0.01  # seconds before a device is done with one hop that it is given the next
+PATIENCE = 0.1  # of a hop: how long a device may stay idle for an older block that is on its way
+POLL = 0.0005  # seconds between two looks at a device whose time is not known
+AHEAD = 2  # hops a device may have been given: one that runs, one behind it
+NEVER = float("inf")
+
+At = tuple[int, int]  # block, step
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """A payload on its way to a stage, or there."""
+
+    payload: Payload
+    sender: int | None  # index of the stage it comes from; None: the driver, or this stage itself
+    arrived: Mark
+    due: float  # when it is expected; NEVER if nobody knows
+    since: float = field(default_factory=time.perf_counter)  # when it was sent
+
+    def expected(self, now: float, patience: float) -> float:
+        """When it will be there; an estimate that has long been wrong is none."""
+        if self.arrived.passed:
+            return now
+        return max(now, self.due) if now <= self.due + patience else NEVER
+
+
+@dataclass(slots=True)
+class _Given:
+    """A hop that the device has been given and has not finished."""
+
+    at: At
+    begin: Mark
+    end: Mark
+    host: float
+    due: float
+    seconds: float  # expected; NEVER if nobody knows
+    since: float  # when it was given
+
+
+def pick(expected: Sequence[tuple[int, float]], now: float, free: float, patience: float) -> tuple[int | None, float]:
+    """Which of the payloads, given as (block, when it will be there), comes next, or None and when to look again.
+
+    The oldest of those that keep a device, which is done with everything else at `free`, waiting no longer than
+    `patience` beyond the earliest. Decided no sooner than LEAD before it can begin: an older one may still turn up.
+    """
+    begin = max(free, min(when for _, when in expected))
+    if begin - now > LEAD:
+        return None, begin - LEAD
+    timely = [i for i, (_, when) in enumerate(expected) if when <= begin + patience]
+    return min(timely, key=lambda i: expected[i][0]), now
+
+
+class Worker:
+    """Runs one stage until it is closed or fails."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        lane: Lane,
+        monitor: Monitor,
+        changed: threading.Condition,
+        has_room: Callable[[Payload], bool],
+        pass_on: Callable[[Payload, Mark, float], None],
+    ) -> None:
+        """`changed` guards what is waiting, here and where `has_room(payload)` looks: whether the next stage can take
+        what becomes of a payload. `pass_on(payload, computed, expected)` sends a result on its way, which exists once
+        `computed` has passed; that is expected at `expected`.
+        """
+        self.stage, self.lane = stage, lane
+        self._monitor, self._changed, self._has_room, self._pass_on = monitor, changed, has_room, pass_on
+        self.waiting: list[Waiting] = []  # guarded by `changed`
+        self._closed = False
+        self._given: deque[_Given] = deque()
+        self._copies: deque[tuple[At, Mark, Mark]] = deque()
+        self._seconds: dict[bool, float] = {}  # of the latest prefill, of the latest hop
+        self._free = 0.0  # when the device was last seen to finish something
+        self._at = PREFILL, PREFILL  # block and step of what it was last given
+
+    def put(self, item: Waiting) -> None:
+        with self._changed:
+            self.waiting.append(item)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Take nothing more."""
+        with self._changed:
+            self._closed = True
+            self.waiting.clear()
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        """Until closed. Raises StageError with the original error as its cause."""
+        try:
+            with torch.inference_mode(), self.lane.active():
+                while (item := self._take()) is not None:
+                    self._run(item)
+                    item = None  # nothing is kept alive while there is nothing to do
+        except StageError:
+            raise
+        except Exception as error:  # a border: whatever it is, the driver must hear of it
+            raise self._named(error, self._at) from error
+
+    def _named(self, error: Exception, at: At) -> StageError:
+        clear_frames(error.__traceback__)  # they hold tensors
+        return StageError(self.stage.spec.index, *at, str(error) or repr(error))
+
+    def copied(self, payload: Payload, begin: Mark, end: Mark) -> None:
+        """What became of a hop is being copied to another device; for the monitor."""
+        self._copies.append(((payload.block, payload.step), begin, end))
+
+    def _take(self) -> Waiting | None:
+        """The next hop's payload, once it is time to give it to the device; None once closed."""
+        with self._changed:
+            while not self._closed:
+                self.settle()
+                wake = None
+                candidates = [w for w in self.waiting if self.stage.ready(w.payload) and self._has_room(w.payload)]
+                if candidates and len(self._given) < AHEAD:
+                    now = time.perf_counter()
+                    patience = PATIENCE * self._seconds.get(False, 0.0)
+                    expected = [(w.payload.block, w.expected(now, patience)) for w in candidates]
+                    chosen, wake = pick(expected, now, self._free_at(now), patience)
+                    if chosen is not None:
+                        self.waiting.remove(candidates[chosen])
+                        self._changed.notify_all()  # there is room for another
+                        return candidates[chosen]
+                    wake = POLL if wake == NEVER else max(POLL, wake - now)
+                elif candidates:
+                    wake = POLL
+                self._changed.wait(wake)
+        return None
+
+    def _free_at(self, now: float) -> float:
+        """When the device will have finished all it was given."""
+        free = self._free
+        for hop in self._given:
+            free = max(free, hop.due) + hop.seconds
+        return max(now, free) if self._given else now
+
+    def _run(self, item: Waiting) -> None:
+        payload = item.payload
+        self._at = payload.block, payload.step
+        now = time.perf_counter()
+        seconds = self._seconds.get(payload.step == PREFILL, NEVER)
+        due = now if item.arrived.passed else item.due
+        expected = max(self._free_at(now), due) + seconds
+        if item.arrived.event is not None:
+            self.lane.compute.wait_event(item.arrived.event)
+        begin = self.lane.mark()
+        done = self.stage.run(payload)
+        end = self.lane.mark()
+        host = time.perf_counter() - now
+        self._given.append(_Given(self._at, begin, end, host, due, seconds, now))
+        self._pass_on(done, end, expected)
+
+    def settle(self) -> None:
+        """Take note of all that the device has finished meanwhile; hold `changed`. Raises StageError."""
+        while self._given and self._passed(self._given[0].end, self._given[0].at):
+            hop = self._given.popleft()
+            self._free = hop.end.time
+            span = self._span("compute", hop.at, hop.begin, hop.end, hop.host)
+            self._seconds[span.step == PREFILL] = span.seconds
+            self._monitor.add(span)
+        while self._copies and self._passed(self._copies[0][2], self._copies[0][0]):
+            self._monitor.add(self._span("copy", *self._copies.popleft()))
+
+    def _passed(self, mark: Mark, at: At) -> bool:
+        """Errors of a device show up whenever it is asked."""
+        try:
+            return mark.passed
+        except RuntimeError as error:
+            raise self._named(error, at) from error
+
+    def check_time(self, limit: float) -> None:
+        """Raise StageError if something that moves by itself, device or link, has not moved for `limit` seconds."""
+        now = time.perf_counter()
+        for hop in list(self._given):
+            if now - hop.since > limit:
+                reason = f"the device has not finished within {limit:g} s"
+                raise StageError(self.stage.spec.index, *hop.at, reason)
+        for item in self.waiting:
+            if now - item.since > limit and not item.arrived.passed:
+                reason = f"what it works on has not arrived within {limit:g} s"
+                raise StageError(self.stage.spec.index, item.payload.block, item.payload.step, reason)
+
+    def _span(self, kind: str, at: At, begin: Mark, end: Mark, host: float = 0.0) -> Span:
+        return Span(self.stage.spec.index, kind, *at, begin.time, end.time, host)
