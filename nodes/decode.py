@@ -20,6 +20,7 @@ from . import host
 from .types import CATEGORY, Avatar, StreamSocket
 
 GIB = 1024**3
+VAE_TOOLTIP = "Wan 2.1 VAE, or a smaller and faster decoder for its latents: taew2_1, lighttaew2_1, lightvaew2_1"
 
 
 class OnlineDecode(io.ComfyNode):
@@ -33,7 +34,7 @@ class OnlineDecode(io.ComfyNode):
             "that can be played at any moment, also when the run is stopped. Memory does not grow with length.",
             inputs=[
                 StreamSocket.Input("stream"),
-                io.Vae.Input("vae", tooltip="Wan 2.1 VAE"),
+                io.Vae.Input("vae", tooltip=VAE_TOOLTIP),
                 io.String.Input("filename_prefix", default="video/LiveAvatar"),
             ],
             hidden=[io.Hidden.unique_id],
@@ -75,7 +76,7 @@ class OnlineDecodeFrames(io.ComfyNode):
             category=CATEGORY,
             description="Makes the video as an IMAGE batch and AUDIO, for other nodes. All frames are held in memory: "
             "for long videos use Online VAE Decode.",
-            inputs=[StreamSocket.Input("stream"), io.Vae.Input("vae", tooltip="Wan 2.1 VAE")],
+            inputs=[StreamSocket.Input("stream"), io.Vae.Input("vae", tooltip=VAE_TOOLTIP)],
             hidden=[io.Hidden.unique_id],
             outputs=[
                 io.Image.Output("IMAGE", display_name="images"),
@@ -109,11 +110,10 @@ def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Ten
 
     Reports progress with a picture per block, and turns the host's interrupt into the end of the stream.
     """
-    from liveavatar_core.encoders.vae import StreamDecoder
     from liveavatar_core.pipeline.stream import frame_chunks
 
     stream, speech = avatar.stream, avatar.speech
-    decoder = StreamDecoder(host.wan_vae(vae, stream.request.runtime.devices[-1]))
+    decoder = host.stream_decoder(vae, stream.request.runtime.devices[-1])
     bar = comfy.utils.ProgressBar(stream.blocks, node_id=node_id)
     loading = host.bytes_progress(lambda percent: host.say(node_id, f"loading the model: {percent} %"))
     latents = stream.latents(host.should_stop, loading)

@@ -9,7 +9,8 @@ import hashlib
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +20,12 @@ import torch
 from server import PromptServer
 from torch import Tensor
 
+from liveavatar_core.errors import InputError
+
 if TYPE_CHECKING:
+    from liveavatar_core.encoders.tiny_decoder import TinyVAE
     from liveavatar_core.encoders.vae import WanVAE
+    from liveavatar_core.pipeline.stream import VideoDecoder
     from liveavatar_core.runtime.runtime import Runtime
     from liveavatar_core.runtime.stream import LatentStream, StreamRequest
 
@@ -32,7 +37,7 @@ MAX_SPOOL_BYTES = 4 * 1024**3  # about 80 minutes at full size
 _lock = threading.Lock()
 _runtime: "Runtime | None" = None
 _streams: "OrderedDict[str, LatentStream]" = OrderedDict()
-_vaes: "OrderedDict[str, WanVAE]" = OrderedDict()
+_vaes: "OrderedDict[str, WanVAE | TinyVAE]" = OrderedDict()
 _footprints: "dict[str, Footprint]" = {}
 _reserving = False
 
@@ -105,15 +110,42 @@ def _drop_spools() -> None:
 
 
 def wan_vae(host_vae, device: str) -> "WanVAE":
-    """The engine's streaming VAE with the weights of the host's VAE; the same object for the same weights."""
+    """The engine's VAE with the weights of the host's VAE; the same object for the same weights."""
+    from liveavatar_core.encoders.tiny_decoder import is_tiny
     from liveavatar_core.encoders.vae import load_vae
 
     state = host_vae.get_sd()
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    key = f"{fingerprint(state.values())} {device} {dtype}"
+    if is_tiny(state):
+        raise InputError(
+            "the VAE is a tiny one, which can only decode here: connect the VAE of Wan 2.1 (Wan2.1_VAE) to this node, "
+            "and the tiny one to Live Avatar Online VAE Decode"
+        )
+    return _loaded(load_vae, state, device, torch.bfloat16)
+
+
+def stream_decoder(host_vae, device: str) -> "VideoDecoder":
+    """A decoder for one video with the weights of the host's VAE, be it the full one, a pruned or a tiny one."""
+    from liveavatar_core.encoders.tiny_decoder import TinyStreamDecoder, is_tiny, load_tiny
+    from liveavatar_core.encoders.vae import StreamDecoder
+
+    state = host_vae.get_sd()
+    if not is_tiny(state):
+        return StreamDecoder(wan_vae(host_vae, device))
+    # The names of taew2_1 and lighttaew2_1 are the same. The host told them apart when it had the file, and has a
+    # format to convert latents to for the one that wants them otherwise than the full VAE.
+    normalised = host_vae.first_stage_model.latent_format is not None
+    # Frames in [0, 1] need more than the 8 bits of bfloat16, and taew2_1 is stored as float16.
+    return TinyStreamDecoder(_loaded(partial(load_tiny, normalised=normalised), state, device, torch.float16))
+
+
+def _loaded(load: Callable, state: Mapping[str, Tensor], device: str, dtype: torch.dtype):
+    """What `load` makes of these weights, the same object for the same weights and device; float32 on a CPU."""
+    if torch.device(device).type == "cpu":
+        dtype = torch.float32
+    key = f"{load} {fingerprint(state.values())} {device} {dtype}"
     with _lock:
         if key not in _vaes:
-            _vaes[key] = load_vae(state, dtype=dtype, device=device)
+            _vaes[key] = load(state, dtype=dtype, device=device)
             while len(_vaes) > 2:
                 _vaes.popitem(last=False)
         _vaes.move_to_end(key)
