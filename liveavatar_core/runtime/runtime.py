@@ -16,6 +16,7 @@ from liveavatar_core.config import ModelConfig, ModelSpec, RuntimeSpec, Sampling
 from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.pipeline.monitor import Monitor
 from liveavatar_core.pipeline.plan import Plan, choose
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
@@ -160,8 +161,12 @@ class Runtime:
         request: Callable[[int], BlockRequest],
         blocks: int,
         should_stop: Callable[[], bool],
+        monitor: Monitor | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """One stream on what `ensure` made resident; (block, latent) in order. One at a time per runtime."""
+        """One stream on what `ensure` made resident; (block, latent) in order. One at a time per runtime.
+
+        `monitor` is told what happens.
+        """
         if not self._streaming.acquire(blocking=False):
             raise PlanError("another Live Avatar stream is running on these devices; wait for it or stop it first")
         try:
@@ -169,7 +174,7 @@ class Runtime:
                 stages = self.stages(plan, geometry, sampling, conditioning.text)
             # One block more than there are stages, so that no stage waits while frames are decoded.
             depth = len(stages) + 1
-            with ThreadedPipeline(plan, stages) as pipeline:
+            with ThreadedPipeline(plan, stages, monitor) as pipeline:
                 yield from denoise(
                     pipeline, conditioning, sampling, request, blocks, depth=depth, should_stop=should_stop
                 )
