@@ -7,14 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liveavatar_core.model.pointwise import Heads, dequantise_heads
+
 log = logging.getLogger(__name__)
 
 _HOPPER = (9, 0)  # from here on cuDNN's kernel is the fastest that comes with torch
 _CLOSE = 1e-2  # relative L2 against float32; bfloat16 itself costs 2e-3
 
 
-def attend(q_BTHK: Tensor, k_BSHK: Tensor, v_BSHK: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v for every head: (B, T, H, K)."""
+def attend(q_BTHK: Tensor | Heads, k_BSHK: Tensor | Heads, v_BSHK: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v for every head: (B, T, H, K). Queries and keys are both exact, or both in int8."""
+    if isinstance(q_BTHK, Heads):
+        q_BTHK, k_BSHK = (dequantise_heads(x, v_BSHK.dtype) for x in (q_BTHK, k_BSHK))
     q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BSHK, v_BSHK))
     if _has_cudnn(q.device, q.dtype, q.shape[-1]):
         return _cudnn(q, k, v).transpose(1, 2)

@@ -62,10 +62,10 @@ def _gated(x, y, gate, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _heads(
-    x, weight, factors, out, width, head_dim, eps, NORM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr
+def _head_row(
+    x, weight, factors, row, width, head_dim, eps, NORM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
+    """A row normed over all its heads, their pairs of channels rotated."""
     column = tl.arange(0, BLOCK)
     inside = column < width
     h = tl.load(x + row * width + column, mask=inside, other=0.0)
@@ -78,7 +78,17 @@ def _heads(
         table = tl.load(factors + row * head_dim + column % head_dim)
         cos, sin = tl.split(tl.reshape(table, (BLOCK // 2, 2)))
         h = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (BLOCK,))
-    tl.store(out + row * width + column, h.to(out.dtype.element_ty), mask=inside)
+    return h
+
+
+@triton.jit
+def _heads(
+    x, weight, factors, out, width, head_dim, eps, NORM: tl.constexpr, ROTATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    h = _head_row(x, weight, factors, row, width, head_dim, eps, NORM, ROTATE, BLOCK)
+    tl.store(out + row * width + column, h.to(out.dtype.element_ty), mask=column < width)
 
 
 @triton.jit
@@ -93,6 +103,37 @@ def _quantise(x, out, row_scale, width, GELU: tl.constexpr, BLOCK: tl.constexpr)
         f = f * tl.sigmoid(1.5957691216057308 * (f + 0.044715 * f * f * f))
         f = f.to(h.dtype).to(tl.float32)
     _store_row(out, row_scale, f, row, column, inside, width, True)
+
+
+@triton.jit
+def _quantise_heads(
+    x, weight, factors, turn, out, scale, width, scale_row, scale_head, unit, eps, NORM: tl.constexpr,
+    ROTATE: tl.constexpr, TURN: tl.constexpr, LARGEST: tl.constexpr, HEADS: tl.constexpr, HEAD: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    h = _head_row(x, weight, factors, row, width, HEAD, eps, NORM, ROTATE, HEADS * HEAD).to(x.dtype.element_ty)
+    h = tl.reshape(h, (HEADS, HEAD))
+    head, channel = tl.arange(0, HEADS)[:, None], tl.arange(0, HEAD)[None, :]
+    if TURN:
+        h = tl.dot(h.to(tl.bfloat16), tl.load(turn + tl.arange(0, HEAD)[:, None] * HEAD + channel))
+    h = h.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(h), 1, keep_dims=True), 1e-12)
+    h = h * (LARGEST / largest)
+    if TURN:
+        h = (h + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23: rounds, and the low byte is the number
+    inside = head * HEAD < width
+    tl.store(scale + row * scale_row + head * scale_head, largest * (unit / LARGEST), mask=inside)
+    tl.store(out + row * width + head * HEAD + channel, h.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dequantise_heads(x, scale, out, width, scale_row, scale_head, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    h = tl.load(x + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    h = h * tl.load(scale + row * scale_row + column // HEAD * scale_head, mask=inside, other=0.0)
+    tl.store(out + row * width + column, h.to(out.dtype.element_ty), mask=inside)
 
 
 def _launch(kernel, grid: tuple[int, ...], like: Tensor, *args, warps: int, **flags) -> None:
@@ -160,3 +201,29 @@ def quantise(x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
     block, warps = _row(width)
     _launch(_quantise, (x.numel() // width,), x, x, out, row_scale, width, warps=warps, GELU=gelu, BLOCK=block)
     return out, row_scale
+
+
+def quantise_heads(
+    x: Tensor, weight: Tensor | None, factors: Tensor | None, turn: Tensor | None, out: Tensor, scale: Tensor,
+    unit: float, eps: float,
+) -> None:  # fmt: skip
+    """As `heads`, then quantised into `out` (contiguous rows) and `scale`; int8 heads turned before by `turn`."""
+    count, width, head_dim = out.shape[1], out.shape[2] * out.shape[3], out.shape[3]
+    block = max(16 * head_dim, triton.next_power_of_2(width))
+    _launch(
+        _quantise_heads, (count,), x, x.contiguous(), weight, factors, turn, out, scale, width, *scale.stride()[1:],
+        unit, eps, warps=8, NORM=weight is not None, ROTATE=factors is not None, TURN=turn is not None,
+        LARGEST=448.0 if turn is None else 127.0, HEADS=block // head_dim, HEAD=head_dim,
+    )  # fmt: skip
+
+
+def dequantise_heads(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * scale of each head; rows are contiguous."""
+    out = torch.empty_like(x, dtype=dtype)
+    width = out.shape[2] * out.shape[3]
+    block, warps = _row(width)
+    _launch(
+        _dequantise_heads, (x.shape[1],), x, x, scale, out, width, *scale.stride()[1:], warps=warps,
+        HEAD=x.shape[3], BLOCK=block,
+    )  # fmt: skip
+    return out

@@ -13,12 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveavatar_core.model.attention import attend
-from liveavatar_core.model.pointwise import EPS, Activation, add_norm, gated, gelu, norm, rms_norm, rotate
+from liveavatar_core.model.pointwise import (
+    EPS,
+    Activation,
+    Heads,
+    add_norm,
+    gated,
+    gelu,
+    norm,
+    quantise_heads,
+    rms_norm,
+    rotate,
+)
 
 KeyValue = tuple[Tensor, Tensor]
-See = Callable[[Tensor, Tensor, Tensor], KeyValue]
+See = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | Heads, Tensor]]
 """Takes this call's keys as projected, the weight of their RMS norm and the values; remembers them; returns all keys
-(normed and rotated) and values to see."""
+(normed and rotated, maybe in int8) and values to see."""
 
 
 def takes_rows(linear: nn.Module) -> bool:
@@ -54,7 +65,8 @@ class SelfAttention(Projections):
     def forward(self, x_BTD: Activation, factors: Tensor, see: See) -> Tensor:
         q, k, v = (self.split(linear(x_BTD)) for linear in (self.q, self.k, self.v))
         k_BSHK, v_BSHK = see(k, self.norm_k.weight, v)
-        q_BTHK = rotate(q, factors, norm_D=self.norm_q.weight)
+        rotated = quantise_heads if isinstance(k_BSHK, Heads) else rotate
+        q_BTHK = rotated(q, factors, norm_D=self.norm_q.weight)
         return self.o(attend(q_BTHK, k_BSHK, v_BSHK).flatten(2))
 
 

@@ -1,4 +1,4 @@
-"""Everything between two matrix products: norms, modulation, residuals, rotation, quantised rows.
+"""Everything between two matrix products: norms, modulation, residuals, rotation, quantised rows and heads.
 
 Plain PyTorch says what is computed. On a GPU with Triton each function is one kernel, which reads and writes memory
 once; where Triton is missing or fails, the plain form runs everywhere.
@@ -27,6 +27,21 @@ class Rows:
 
     values: Tensor  # (B, T, D) e4m3
     scale: Tensor  # (B, T, 1) float32
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Queries, keys or values in 8 bits with a scale for every token and head: x is about values * scale.
+
+    e4m3 keeps a head as it is. int8 has its channels turned by `hadamard`, which spreads outliers over all of them and
+    leaves the product of two turned heads what it was.
+    """
+
+    values: Tensor  # (B, T, H, K) e4m3 or int8
+    scale: Tensor  # (B, T, H) float32
+
+    def __getitem__(self, index) -> "Heads":
+        return Heads(self.values[index], self.scale[index])
 
 
 Activation = Tensor | Rows
@@ -144,3 +159,50 @@ def rotate(x_BTHK: Tensor, factors: Tensor, *, norm_D: Tensor | None = None, out
     cos, sin = factors.unsqueeze(1).unbind(-1)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x_BTHK.dtype)
     return rotated if out is None else out.copy_(rotated)
+
+
+@cache
+def hadamard(width: int, device: torch.device) -> Tensor:
+    """(K, K) of 1 and -1 in bfloat16, its own inverse but for a factor: one block if K is a power of two, else several
+    of the largest power that divides K, the rest 0."""
+    block, matrix = width & -width, torch.ones(1, 1)
+    while len(matrix) < block:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return torch.kron(torch.eye(width // block), matrix).to(device, torch.bfloat16)
+
+
+def quantise_heads(
+    x_BTHK: Tensor,
+    factors: Tensor | None = None,
+    *,
+    norm_D: Tensor | None = None,
+    kind: torch.dtype = torch.int8,
+    out: Heads | None = None,
+) -> Heads:
+    """Heads in `kind`, normed and rotated before as in `rotate` if there are factors; into `out` if given. B is 1."""
+    width = x_BTHK.shape[-1]
+    if out is None:
+        out = Heads(torch.empty_like(x_BTHK, dtype=kind), x_BTHK.new_empty(x_BTHK.shape[:-1], dtype=torch.float32))
+    turned = out.values.dtype == torch.int8
+    turn_KK = hadamard(width, x_BTHK.device) if turned else None
+    unit = (width & -width) ** -0.5 if turned else 1.0
+    # Triton knows blocks of powers of two, and products from 16 on.
+    if (kernels := _kernels(x_BTHK.device)) and width & -width == width >= 16:
+        kernels.quantise_heads(x_BTHK, norm_D, factors, turn_KK, out.values, out.scale, unit, EPS)
+        return out
+    if factors is not None:
+        x_BTHK = rotate(x_BTHK, factors, norm_D=norm_D)
+    x_BTHK = x_BTHK.to(turn_KK.dtype).float() @ turn_KK.float() if turned else x_BTHK.float()
+    largest = x_BTHK.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    limit = 127.0 if turned else LARGEST_FP8
+    x_BTHK = x_BTHK * (limit / largest)
+    out.values.copy_(x_BTHK.round() if turned else x_BTHK)
+    out.scale.copy_(largest.squeeze(-1) * (unit / limit))
+    return out
+
+
+def dequantise_heads(heads: Heads, dtype: torch.dtype) -> Tensor:
+    """values * scale, (B, T, H, K); int8 heads stay turned."""
+    if kernels := _kernels(heads.values.device):
+        return kernels.dequantise_heads(heads.values, heads.scale, dtype)
+    return (heads.values.float() * heads.scale.unsqueeze(-1)).to(dtype)
