@@ -117,7 +117,7 @@ def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Ten
     bar = comfy.utils.ProgressBar(stream.blocks, node_id=node_id)
     loading = host.bytes_progress(lambda percent: host.say(node_id, f"loading the model: {percent} %"))
     latents = stream.latents(host.should_stop, loading)
-    with closing(latents):
+    with host.settling(), closing(latents):
         try:
             for chunk in frame_chunks(latents, decoder, stream.portrait[1], avatar.frames):
                 frames = chunk.frames.cpu()

@@ -26,6 +26,10 @@ class Footprint(comfy.model_patcher.ModelPatcher):
     def is_dynamic(self) -> bool:
         return False
 
+    def hold(self, nbytes: int) -> None:
+        """So much is on the device now."""
+        self.size = self.model.model_loaded_weight_memory = nbytes
+
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         """The runtime loads the weights itself, right after the host has made room for them."""
         before, self.model.model_loaded_weight_memory = self.model.model_loaded_weight_memory, self.size

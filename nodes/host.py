@@ -9,7 +9,8 @@ import hashlib
 import shutil
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,14 +58,34 @@ def reserve(device: str, nbytes: int) -> None:
     """Have the host move its own models off a device before ours are put there, and show it what we hold."""
     from .footprint import Footprint
 
-    global _reserving
     footprint = _footprints.setdefault(device, Footprint(torch.device(device), _release))
     footprint.size = runtime().nbytes.get(device, 0) + nbytes
+    _show(footprint)
+
+
+def _show(footprint: "Footprint") -> None:
+    """Put it on the host's list of models; one that is there already is taken off and detached on the way."""
+    global _reserving
     _reserving = True
     try:
         comfy.model_management.load_models_gpu([footprint])
     finally:
         _reserving = False
+
+
+@contextmanager
+def settling() -> Iterator[None]:
+    """Around a stream: shows the host afterwards what stays on its devices.
+
+    A host that wants memory meanwhile is refused, strikes us off its list of models all the same, and would never ask
+    again.
+    """
+    try:
+        yield
+    finally:
+        for device, footprint in _footprints.items():
+            footprint.hold(runtime().nbytes.get(device, 0))
+            _show(footprint)
 
 
 def _release() -> bool:
@@ -73,6 +94,8 @@ def _release() -> bool:
         if _reserving or _runtime.is_streaming:
             return False
         _runtime.unload()
+    with _lock:
+        _vaes.clear()
     return True
 
 
@@ -150,6 +173,19 @@ def _loaded(load: Callable, state: Mapping[str, Tensor], device: str, dtype: tor
                 _vaes.popitem(last=False)
         _vaes.move_to_end(key)
         return _vaes[key]
+
+
+class HostVAE:
+    """The host's VAE as a stream wants it: encodes frames, and holds nothing on a device between runs."""
+
+    def __init__(self, host_vae, device: str) -> None:
+        """Raises InputError or WeightsError for a VAE that cannot serve."""
+        wan_vae(host_vae, device)
+        self._host_vae, self._device = host_vae, device
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """As WanVAE.encode."""
+        return wan_vae(self._host_vae, self._device).encode(frames)
 
 
 class HostSpeechEncoder:

@@ -140,7 +140,7 @@ class ChunkedSampler(io.ComfyNode):
                 fps=speech.fps,
                 lead_frames=lead,
             ),
-            vae=host.wan_vae(vae, spec.devices[-1]),
+            vae=host.HostVAE(vae, spec.devices[-1]),
             frames=frames,
             mid_sequence=mid_sequence,
         )

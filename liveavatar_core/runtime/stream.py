@@ -28,7 +28,7 @@ class StreamRequest:
     picture: Tensor  # (3, H, W) in [-1, 1], sides multiples of 16
     text: Tensor  # (length, text_dim)
     features: FeatureStream
-    vae: WanVAE
+    vae: WanVAE  # or whatever encodes frames like one
     frames: int
     mid_sequence: bool = False  # which of the original's two conventions makes the reference latent
 
@@ -51,9 +51,11 @@ class LatentStream:
 
     @cached_property
     def portrait(self) -> tuple[Tensor, Tensor]:
-        """Reference and motion latents; encoded when first asked for."""
+        """Reference and motion latents, encoded when first asked for; in host memory, since streams are kept long."""
+        request = self.request
         with torch.inference_mode():
-            return portrait_latents(self.request.vae, self.request.picture, mid_sequence=self.request.mid_sequence)
+            reference, motion = portrait_latents(request.vae, request.picture, mid_sequence=request.mid_sequence)
+            return reference.cpu(), motion.cpu()
 
     def latents(
         self, should_stop: Callable[[], bool] = lambda: False, progress: Progress | None = None

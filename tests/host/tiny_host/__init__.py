@@ -1,4 +1,4 @@
-"""A pack for tests only: lets ComfyUI's own loaders read the demo's tiny files.
+"""A pack for tests only: lets ComfyUI's own loaders read the demo's tiny files, in a host that is short of memory.
 
 ComfyUI takes the sizes of umT5 and wav2vec2 from constants instead of the files. Here those constants are replaced by
 the sizes in the JSON file that LIVEAVATAR_TINY_HOST names; every other line of the loaders and encoders that then
@@ -10,6 +10,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 from comfy.audio_encoders import audio_encoders
@@ -55,6 +56,18 @@ def shrink_audio_encoder(tiny: dict[str, int]) -> None:
     audio_encoders.load_audio_encoder_from_sd = load_with_tiny
 
 
+def want_all_memory() -> None:
+    """Every piece of speech makes the host ask all models for all their memory, as on a card that is almost full."""
+    encode = audio_encoders.AudioEncoderModel.encode_audio
+
+    def encode_in_need(self, *arguments):
+        comfy.model_management.unload_all_models()
+        return encode(self, *arguments)
+
+    audio_encoders.AudioEncoderModel.encode_audio = encode_in_need
+
+
 sizes = json.loads(Path(os.environ["LIVEAVATAR_TINY_HOST"]).read_text())
 shrink_text_encoder(sizes["text"])
 shrink_audio_encoder(sizes["speech"])
+want_all_memory()
