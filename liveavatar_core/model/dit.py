@@ -6,7 +6,7 @@ Legend: B batch (1), C latent channels, F latent frames, h w latent size, T toke
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.model.audio import AudioInjector, AudioTokens, CausalAudioEncoder
+from liveavatar_core.model.hosted import HostedLayers
 from liveavatar_core.model.layers import DiTLayer, Head, KeyValue, See
 from liveavatar_core.model.motion import FramePacker
 
@@ -55,6 +56,7 @@ class CausalDiT(nn.Module):
             )
         if self.has_head:
             self.head = Head(dim, math.prod(_PATCH) * config.channels)
+        self.hosted: HostedLayers | None = None  # set by who keeps some layers' weights in host memory
 
     @property
     def has_embedding(self) -> bool:
@@ -77,7 +79,9 @@ class CausalDiT(nn.Module):
         text_SD = text_SD[: self.config.text_len].to(self.dtype)
         padded = F.pad(text_SD, (0, 0, 0, self.config.text_len - text_SD.shape[0]))
         context_BSD = self.text_embedding(padded.unsqueeze(0))
-        return [layer.cross_attn.key_value(context_BSD) for layer in self.blocks.values()]
+        if self.hosted is not None:
+            self.hosted.restart()
+        return [layer.cross_attn.key_value(context_BSD) for _, layer in self._visits()]
 
     def time_table(self, timestep: float) -> TimeTable:
         """Modulation at one timestep (1000 * sigma), unrounded."""
@@ -113,11 +117,20 @@ class CausalDiT(nn.Module):
         audio: AudioTokens | None,
     ) -> Tensor:
         """All owned layers. `see(layer)` gives the layer's memory; `audio` is None in the prefill."""
-        for layer, context in zip(self.layers, text, strict=True):
-            x_BTD = self.blocks[str(layer)](x_BTD, modulation_6D, factors, context, see(layer))
-            if audio is not None and layer in self.config.audio_layers:
-                x_BTD = self.audio_injector(x_BTD, self.config.audio_layers.index(layer), audio)
+        for context, (i, layer) in zip(text, self._visits(), strict=True):
+            x_BTD = layer(x_BTD, modulation_6D, factors, context, see(i))
+            if audio is not None and i in self.config.audio_layers:
+                x_BTD = self.audio_injector(x_BTD, self.config.audio_layers.index(i), audio)
         return x_BTD
+
+    def _visits(self) -> Iterator[tuple[int, DiTLayer]]:
+        """Every owned layer in order, once its weights are on the device. To be exhausted."""
+        for i in self.layers:
+            if self.hosted is not None:
+                self.hosted.enter(i)
+            yield i, self.blocks[str(i)]
+        if self.hosted is not None:
+            self.hosted.leave()
 
     def velocity(self, x_BTD: Tensor, time: TimeTable, grid: tuple[int, int]) -> Tensor:
         """Tokens after the last layer -> (C, F, h, w): noise minus picture."""

@@ -19,6 +19,17 @@ PREFILL = -1  # stands where a step would, for a payload that fills the attentio
 
 
 @dataclass(frozen=True, slots=True)
+class Offload:
+    """What of a stage lives in host memory and visits the device when its turn comes."""
+
+    weights: tuple[int, ...] = ()  # layers
+    rings: tuple[tuple[int, int], ...] = ()  # (step, layer)
+
+    def __bool__(self) -> bool:
+        return bool(self.weights or self.rings)
+
+
+@dataclass(frozen=True, slots=True)
 class StageSpec:
     """One rectangle steps x layers on one device."""
 
@@ -28,6 +39,7 @@ class StageSpec:
     steps: range
     layers: range
     device: str
+    offload: Offload = Offload()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from liveavatar_core.geometry import LATENTS_PER_BLOCK, WINDOW_BLOCKS, Geometry
 from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.model.cache import BlockCache, SinkLayer
 from liveavatar_core.model.dit import CausalDiT, TimeTable
+from liveavatar_core.model.host_memory import HostMemory
 from liveavatar_core.model.layers import KeyValue, See
 from liveavatar_core.model.pointwise import rms_norm, rotate
 from liveavatar_core.model.rope import (
@@ -23,6 +24,7 @@ from liveavatar_core.model.rope import (
     reference_position,
 )
 from liveavatar_core.pipeline.graphs import LayerGraphs
+from liveavatar_core.pipeline.hosted import HostedRings, HostedSinks
 from liveavatar_core.pipeline.links import upload
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.sampling import block_noise, clip_noise, euler, levels, reference_distance, timestep
@@ -41,11 +43,12 @@ class Stage:
         text: Tensor,
         *,
         graphs: bool = True,
+        host: HostMemory | None = None,
     ) -> None:
         """`text` (length, text_dim). Everything constant over the stream is computed here, once.
 
-        `graphs`: on a GPU, run the layers as CUDA graphs once the window is full. Same numbers; not for weights that
-        move.
+        `graphs`: on a GPU, run the layers as CUDA graphs once the window is full. Same numbers. `host`: memory for
+        what `spec.offload` keeps there, that of an earlier stage with this spec and geometry; new memory if None.
         """
         self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
         self.device = torch.device(spec.device)
@@ -55,14 +58,33 @@ class Stage:
         self._times: dict[int, TimeTable] = {PREFILL: model.time_table(0.0)}
         for step in spec.steps:
             self._times[step] = model.time_table(timestep(self.levels[step]))
+        shape, rings = (config.heads, config.head_dim), set(spec.offload.rings)
         self._caches = {
             step: [
-                BlockCache(geometry, config.heads, config.head_dim, device=self.device, dtype=model.dtype)
-                for _ in spec.layers
+                BlockCache(
+                    geometry, *shape, device="meta" if (step, layer) in rings else self.device, dtype=model.dtype
+                )
+                for layer in spec.layers
             ]
             for step in spec.steps
         }
         self._sinks: dict[int, dict[int, SinkLayer]] = {}  # version -> layer -> sink, until every step has it
+        self._hosted_sinks: HostedSinks | None = None
+        self._rings: HostedRings | None = None
+        if spec.offload:
+            host = host or HostMemory(self.device)
+            host.rewind()
+            self._hosted_sinks = HostedSinks(
+                spec.layers, geometry, *shape, host=host, device=self.device, dtype=model.dtype
+            )
+            if rings:
+                caches = {
+                    (step, layer): cache
+                    for step in spec.steps
+                    for layer, cache in zip(spec.layers, self._caches[step], strict=True)
+                    if (step, layer) in rings
+                }
+                self._rings = HostedRings(caches, host, self.device)
         self._installed = dict.fromkeys(spec.steps, PREFILL)
         self._motion = self._factors(motion_factors)
         self._graphs = LayerGraphs(self.device) if graphs and self.device.type == "cuda" else None
@@ -84,11 +106,15 @@ class Stage:
             hidden = self.model.embed_condition(*(x.to(self.device, self.model.dtype) for x in payload.condition))
         reference = self._factors(reference_factors, REFERENCE_POSITION)
         factors = torch.cat((reference, self._motion))
-        sink: dict[int, SinkLayer] = {}
+        hosted = self._hosted_sinks
+        sink: dict[int, SinkLayer] = {} if hosted is None else hosted.shown
 
         def see(layer: int) -> See:
             def store(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
                 k = rms_norm(k.flatten(2), norm).view_as(k)
+                if hosted is not None:
+                    hosted.keep(payload.sink, layer, k, v)
+                    return rotate(k, factors), v
                 # Copies, so that a sink outlives neither more nor less than its own rows.
                 frame = self.geometry.tokens_per_frame
                 sink[layer] = SinkLayer(k[:, :frame].clone(), k[:, frame:].clone(), v.clone())
@@ -117,16 +143,33 @@ class Stage:
         caches = dict(zip(self.spec.layers, self._caches[step], strict=True))
         for cache in caches.values():
             cache.advance(block)
-        time = self._times[step]
+        time, rings = self._times[step], self._rings
+        if rings is not None:
+            rings.begin(step, block)
 
         def layers(hidden: Tensor, factors: Tensor, reference: Tensor, local: Tensor, pooled: Tensor) -> Tensor:
             def see(layer: int) -> See:
-                cache = caches[layer]
-                cache.roll(reference)
-                return lambda k, norm, v: cache.update(block, k, norm, v, factors)
+                cache, key = caches[layer], (step, layer)
+                if rings is None or key not in rings:
+                    cache.roll(reference)
+                    return lambda k, norm, v: cache.update(block, k, norm, v, factors)
+                rings.expect(key, block)
+
+                def store(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
+                    rings.arrive(key, block)
+                    cache.install(self._hosted_sinks.shown[layer], self._motion)
+                    cache.roll(reference)
+                    seen = cache.update(block, k, norm, v, factors)
+                    rings.leave(key, block)
+                    return seen
+
+                return store
 
             tokens = AudioTokens(local, pooled, audio.mask)
-            return model.run_layers(hidden, time.modulation, factors, self._text, see, tokens)
+            hidden = model.run_layers(hidden, time.modulation, factors, self._text, see, tokens)
+            if rings is not None:
+                rings.end(step)
+            return hidden
 
         inputs = (hidden, factors, reference, audio.local, audio.pooled)
         # The block before this one had a full window too, and has run the same shapes outside a graph.
@@ -169,14 +212,18 @@ class Stage:
         return block_noise(self.sampling.seed, block, shape)
 
     def _install(self, step: int, version: int) -> None:
-        if self._installed[step] == version:
+        hosted = self._hosted_sinks
+        moved = hosted is not None and hosted.show(version)
+        if self._installed[step] == version and not moved:
             return
         if self._graphs is not None:
             self._graphs.forget(step)
         for layer, cache in zip(self.spec.layers, self._caches[step], strict=True):
-            cache.install(self._sinks[version][layer], self._motion)
+            if self._rings is None or (step, layer) not in self._rings:
+                cache.install(self._sinks[version][layer], self._motion)
         self._installed[step] = version
-        # A version is kept until every step has moved on to it; older ones are then never asked for again.
-        oldest = min(self._installed.values())
-        for old in [v for v in self._sinks if v <= oldest]:
+        # A version is kept until every step has moved on to it; older ones are then never asked for again. Where only
+        # one can be on the device, the one that all steps have may have to come back.
+        oldest = min(self._installed.values()) + (hosted is None)
+        for old in [v for v in self._sinks if v < oldest]:
             del self._sinks[old]

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.model.hosted import HostedLayers
 from liveavatar_core.weights.layout import lora_targets
 from liveavatar_core.weights.lora import Lora, merge
 from liveavatar_core.weights.quant import Fp8Linear, quantise_linears
@@ -70,16 +71,22 @@ def load_dit(
     dtype: torch.dtype,
     device: torch.device | str,
     fp8: bool = False,
+    hosted: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> CausalDiT:
     """The DiT, or its part for `layers`, in evaluation mode on `device`.
 
     Weights have `dtype`, except the few that compute in float32 (time, modulation, head, audio encoder) and, with
     `fp8`, the linears that `quantise_linears` converts. LoRAs are checked against the whole model and merged first.
-    Raises WeightsError when the checkpoint lacks names or shapes of this model, or has others.
+    The weights of the layers `hosted` stay in host memory. Raises WeightsError when the checkpoint lacks names or
+    shapes of this model, or has others, and PlanError when the host has no memory for them.
     """
     model = planned_dit(config, layers, dtype=dtype, fp8=fp8)
+    if hosted:
+        model.hosted = HostedLayers(model, config, hosted, torch.device(device))
     for name, tensor in prepared(reader, model, loras=loras, device=device, progress=progress):
+        if hosted and name in model.hosted:
+            tensor = model.hosted.store(name, tensor)
         module, _, part = name.rpartition(".")
         setattr(model.get_submodule(module), part, nn.Parameter(tensor, requires_grad=False))
     return model.eval().requires_grad_(False)
