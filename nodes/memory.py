@@ -5,6 +5,7 @@ from comfy_api.latest import io
 
 from liveavatar_core.config import MAX_STEPS
 from liveavatar_core.errors import PlanError
+from liveavatar_core.geometry import Geometry
 
 from . import host
 from .inputs import DEFAULT_SIZE, SIZES
@@ -46,7 +47,6 @@ class MemoryPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, size, steps, image=None, runtime=None) -> io.NodeOutput:
-        from liveavatar_core.geometry import Geometry
         from liveavatar_core.pipeline.plan import choose
         from liveavatar_core.runtime.memory import check, plan_memory, table
         from liveavatar_core.runtime.runtime import as_device, choose_precision, inspect_model
@@ -55,13 +55,9 @@ class MemoryPlan(io.ComfyNode):
         for name in spec.devices:
             as_device(name)
         config = inspect_model(model)
-        if image is not None:
-            height, width = fitted(image).shape[1:]
-        else:
-            width, height = (int(side) for side in size.split()[0].split("*"))
         memory = plan_memory(
             config,
-            Geometry(height, width),
+            geometry_of(size, image),
             choose(spec.plan, steps, config.layers, spec.devices),
             choose_precision(model, spec.precision),
             decoder=spec.devices[-1],
@@ -74,6 +70,14 @@ class MemoryPlan(io.ComfyNode):
             text += f"\n{error}"
         host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(text)
+
+
+def geometry_of(size: str, image) -> Geometry:
+    """Of a video of this IMAGE, or, without one, of this entry of SIZES."""
+    if image is not None:
+        return Geometry(*fitted(image).shape[1:])
+    width, height = (int(side) for side in size.split()[0].split("*"))
+    return Geometry(height, width)
 
 
 def _free(name: str) -> int | None:

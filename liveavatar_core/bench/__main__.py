@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import torch
 from liveavatar_core.bench import report
 from liveavatar_core.bench.ceilings import measure_ceilings
 from liveavatar_core.bench.errors import compare, random_inputs
-from liveavatar_core.bench.measure import Case, Say, measure
+from liveavatar_core.bench.measure import BLOCKS, Case, Say, measure
 from liveavatar_core.bench.stand_ins import RandomWeights, random_speech, random_vae
 from liveavatar_core.config import (
     ATTENTIONS,
@@ -36,6 +37,7 @@ from liveavatar_core.config import (
     SamplingConfig,
 )
 from liveavatar_core.demo import DEMO_CONFIG
+from liveavatar_core.encoders.vae import StreamDecoder
 from liveavatar_core.errors import ConfigError, LiveAvatarError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.model.dit import CausalDiT
@@ -123,31 +125,40 @@ def set_up(options: argparse.Namespace, command: str) -> Setup:
     return Setup(config, model, Geometry(height, width), devices, about)
 
 
-def speed(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict]:
-    """A line for every configuration, tables on the way."""
+def cases(options: argparse.Namespace, setup: Setup) -> list[Case]:
+    """Every combination of what was given several values."""
     precisions = options.precision or ["fp8" if setup.about["gpus"] else "fp32"]
-    say("measuring the ceilings")
-    ceilings = measure_ceilings(setup.config, setup.geometry, setup.device, work_dtype(precisions[0], setup.device))
-    rates = ceilings.rates(setup.config, setup.geometry)
-    print(f"ceilings, hot, {setup.about['gpu']}\n{report.ceilings_table(rates)}\n")
     vae = random_vae(TINY_VAE if options.tiny else WAN_VAE.width, setup.devices[-1])
     speech = random_speech(setup.config, setup.device)
-    runtime = Runtime(open_model=setup.open)
-    combinations = product(precisions, options.kv_cache, options.attention, SKIPPING[options.skip_last_step])
-    for precision, kv_cache, attention, skip in combinations:
-        spec = RuntimeSpec(setup.devices, options.plan, precision, attention, kv_cache, options.vram)
-        case = Case(
+    return [
+        Case(
             model=setup.model,
             config=setup.config,
-            runtime=spec,
+            runtime=RuntimeSpec(setup.devices, options.plan, precision, attention, kv_cache, options.vram),
             sampling=SamplingConfig(steps=options.steps, seed=1, skip_last_step=skip),
             geometry=setup.geometry,
             vae=vae,
+            decoder=partial(StreamDecoder, vae),
             speech=speech,
-            blocks=options.blocks or 20,
+            blocks=options.blocks or BLOCKS,
         )
-        heading = ", ".join([precision, f"attention {attention}", f"KV cache {kv_cache}"] + ["skip last step"] * skip)
-        say(heading)
+        for precision, kv_cache, attention, skip in product(
+            precisions, options.kv_cache, options.attention, SKIPPING[options.skip_last_step]
+        )
+    ]
+
+
+def speed(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict]:
+    """A line for every configuration."""
+    wanted = cases(options, setup)
+    say("measuring the ceilings")
+    dtype = work_dtype(wanted[0].runtime.precision, setup.device)
+    ceilings = measure_ceilings(setup.config, setup.geometry, setup.device, dtype)
+    rates = ceilings.rates(setup.config, setup.geometry)
+    print(f"ceilings, hot\n{report.ceilings_table(rates)}\n")
+    runtime = Runtime(open_model=setup.open)
+    for case in wanted:
+        say(", ".join(f"{name} {value}" for name, value in case.settings().items() if value))
         try:
             line = measure(runtime, case, ceilings, say)
         except LiveAvatarError as error:

@@ -19,7 +19,7 @@ from liveavatar_core.bench.clock import Marks, cuda_devices, profile, synchronis
 from liveavatar_core.config import ModelConfig, ModelSpec, RuntimeSpec, SamplingConfig
 from liveavatar_core.encoders.audio_features import FeatureStream, SpeechEncoder
 from liveavatar_core.encoders.portrait import portrait_latents
-from liveavatar_core.encoders.vae import StreamDecoder, WanVAE
+from liveavatar_core.encoders.vae import WanVAE
 from liveavatar_core.errors import ConfigError
 from liveavatar_core.geometry import (
     DEFAULT_FPS,
@@ -31,13 +31,15 @@ from liveavatar_core.geometry import (
     Geometry,
 )
 from liveavatar_core.pipeline.plan import PREFILL, Plan
-from liveavatar_core.pipeline.stream import FrameChunk, frame_chunks
+from liveavatar_core.pipeline.stream import FrameChunk, VideoDecoder, frame_chunks
 from liveavatar_core.runtime.memory import plan_memory
 from liveavatar_core.runtime.runtime import Runtime
 from liveavatar_core.types import BlockRequest, Conditioning, Payload
 
+BLOCKS = 20
 SETTLED = 2 * WINDOW_BLOCKS + 1  # blocks until the window is full and every slot of it has its graph
 PROFILED = 2  # blocks of a stream that the profiler watches, after those that are timed
+UNSEEN = 2  # after those, so that the stream does not run dry while it is watched
 FORWARDS = 24  # timed one by one
 DECODED = 6  # blocks decoded alone
 
@@ -45,7 +47,7 @@ PARTS = {  # what is measured together -> parts of the memory plan
     "weights": ("weights",),
     "caches": ("block caches", "attention sink", "text and tables"),
     "activations": ("activations",),
-    "VAE": ("VAE weights", "VAE caches", "VAE workspace"),
+    "decoder": ("VAE caches", "VAE workspace"),
 }
 
 Say = Callable[[str], None]
@@ -53,16 +55,17 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What to measure, and with what beside the model."""
+    """What to measure, and with what beside the model. `runtime.precision` is the one that will be used."""
 
     model: ModelSpec
     config: ModelConfig
     runtime: RuntimeSpec
     sampling: SamplingConfig
     geometry: Geometry
-    vae: WanVAE
+    vae: WanVAE  # or whatever encodes frames like one
+    decoder: Callable[[], VideoDecoder]  # a fresh one, on the last device
     speech: SpeechEncoder
-    blocks: int = 20  # of the stream
+    blocks: int = BLOCKS  # of the stream
 
     def __post_init__(self) -> None:
         if self.blocks < SETTLED + WINDOW_BLOCKS:
@@ -85,8 +88,8 @@ class Case:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Without repetition, the decoder's included."""
-        return tuple(dict.fromkeys((*self.runtime.devices, str(self.vae.device))))
+        """Without repetition."""
+        return tuple(dict.fromkeys(self.runtime.devices))
 
 
 @torch.inference_mode()
@@ -96,8 +99,11 @@ def measure(runtime: Runtime, case: Case, ceilings: Ceilings, say: Say = lambda 
     Raises PlanError where the configuration does not fit.
     """
     cuda = cuda_devices(case.devices)
-    say("loading the model")
     gc.collect()
+    say("encoding picture and sound, so that encoders are warm")
+    conditioning, portrait_ms = _conditioning(case, cuda)
+    _features(case).block(0)
+    say("loading the model")
     empty, started = _allocated(cuda), time.perf_counter()
     plan = runtime.ensure(
         case.model, case.config, case.runtime, case.sampling.evaluations, _percent(say), geometry=case.geometry
@@ -105,8 +111,6 @@ def measure(runtime: Runtime, case: Case, ceilings: Ceilings, say: Say = lambda 
     synchronise(cuda)
     load_s = time.perf_counter() - started
     held = {"weights": _allocated(cuda) - empty}
-    say("encoding the portrait")
-    conditioning, portrait_ms = _conditioning(case, cuda)
     forwards = _measure_forwards(runtime, plan, case, conditioning, held, say)
     gc.collect()  # its caches make room for the stream's
     decoder = _measure_decoder(case, conditioning, held, say)
@@ -202,16 +206,15 @@ def _measure_forwards(
 
 def _measure_decoder(case: Case, conditioning: Conditioning, held: dict[str, int], say: Say) -> dict:
     """Latents that are ready, to pixels on the host."""
-    cuda = cuda_devices([str(case.vae.device)])
+    cuda = cuda_devices(case.devices)
     say("timing the decoder")
-    weights = sum(parameter.nbytes for parameter in case.vae.model.parameters())
     before = _allocated(cuda)
     _reset_peaks(cuda)
     blocks = 2 + DECODED + 1
     latent = conditioning.motion[:, -LATENTS_PER_BLOCK:]
     chunks = frame_chunks(
         ((block, latent) for block in range(blocks)),
-        StreamDecoder(case.vae),
+        case.decoder(),
         conditioning.motion,
         blocks * FRAMES_PER_BLOCK - FRAMES_DROPPED,
     )
@@ -220,8 +223,8 @@ def _measure_decoder(case: Case, conditioning: Conditioning, held: dict[str, int
         for _ in range(2 + DECODED):
             _on_host(next(chunks))
             times.append(time.perf_counter())
-        seen = profile(lambda: _on_host(next(chunks)), [str(case.vae.device)])
-    held["VAE"] = weights + _peak(cuda) - before
+        seen = profile(lambda: _on_host(next(chunks)), case.devices)
+    held["decoder"] = _peak(cuda) - before
     return {
         "vae_ms": round(1000 * statistics.median(_differences(times[1:])), 2),
         "vae_kernels_ms": round(seen.kernels_ms, 2),
@@ -233,29 +236,28 @@ def _measure_decoder(case: Case, conditioning: Conditioning, held: dict[str, int
 def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Conditioning, say: Say) -> dict:
     """A stream on a warm runtime: sound in, frames on the host out, decoder included."""
     cuda = cuda_devices(case.devices)
-    blocks = case.blocks + PROFILED
-    frames = blocks * FRAMES_PER_BLOCK - FRAMES_DROPPED
-    sound = 0.1 * torch.randn(frames * SAMPLE_RATE // DEFAULT_FPS)
+    blocks = case.blocks + PROFILED + UNSEEN
+    heard = 0.0
+
+    def request(block: int) -> BlockRequest:
+        nonlocal heard
+        asked = time.perf_counter()
+        made = BlockRequest(block, features.block(block).unsqueeze(0))
+        heard = heard or time.perf_counter() - asked
+        return made
+
     synchronise(cuda)
     _reset_peaks(cuda)
     started = time.perf_counter()
-    features = FeatureStream(sound, case.speech, fps=DEFAULT_FPS, lead_frames=FRAMES_DROPPED)
-    features.block(0)
-    synchronise(cuda)
-    heard = time.perf_counter()
+    features = _features(case)
     latents = runtime.latents(
-        plan,
-        case.geometry,
-        case.sampling,
-        conditioning,
-        lambda block: BlockRequest(block, features.block(block).unsqueeze(0)),
-        blocks,
-        should_stop=lambda: False,
+        plan, case.geometry, case.sampling, conditioning, request, blocks, should_stop=lambda: False
     )
+    frames = blocks * FRAMES_PER_BLOCK - FRAMES_DROPPED
     times, allocated = [], []
     with (
         closing(latents),
-        closing(frame_chunks(latents, StreamDecoder(case.vae), conditioning.motion, frames)) as chunks,
+        closing(frame_chunks(latents, case.decoder(), conditioning.motion, frames)) as chunks,
     ):
         for block in range(case.blocks):
             _on_host(next(chunks))
@@ -274,7 +276,7 @@ def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Cond
         "growth_mib": round((max(allocated[-quarter:]) - max(allocated[SETTLED : SETTLED + quarter])) / 2**20, 1),
         "blocks": case.blocks,
         "ttff_ms": round(1000 * (times[0] - started), 1),
-        "features_ms": round(1000 * (heard - started), 1),
+        "features_ms": round(1000 * heard, 1),
         "gpu_idle": _share(seen.idle),
         "peak_gib": _gib(_peak(cuda)) if cuda else None,
         "reserved_gib": _gib(max(map(torch.cuda.max_memory_reserved, cuda))) if cuda else None,
@@ -284,7 +286,7 @@ def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Cond
 def _against_plan(plan: Plan, case: Case, held: dict[str, int]) -> dict:
     """Planned bytes of the fullest device, and of all devices by part, each with what was measured."""
     cuda = cuda_devices(case.devices)
-    memory = plan_memory(case.config, case.geometry, plan, case.runtime.precision, decoder=str(case.vae.device))
+    memory = plan_memory(case.config, case.geometry, plan, case.runtime.precision, decoder=case.runtime.devices[-1])
     planned = {
         part: sum(memory.on(device, name) for device in memory.devices for name in names)
         for part, names in PARTS.items()
@@ -316,6 +318,13 @@ def _conditioning(case: Case, cuda: list[torch.device]) -> tuple[Conditioning, f
     portrait = portrait_latents(case.vae, picture)
     synchronise(cuda)
     return Conditioning(text, *portrait), 1000 * (time.perf_counter() - started)
+
+
+def _features(case: Case) -> FeatureStream:
+    """Of random sound, as long as the stream."""
+    seconds = (case.blocks + PROFILED + UNSEEN) * FRAMES_PER_BLOCK / DEFAULT_FPS
+    sound = 0.1 * torch.randn(round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
+    return FeatureStream(sound, case.speech, fps=DEFAULT_FPS, lead_frames=FRAMES_DROPPED)
 
 
 def _on_host(chunk: FrameChunk) -> Tensor:

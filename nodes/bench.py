@@ -1,0 +1,114 @@
+"""A node that measures what a video costs on this machine, with the user's own model and settings."""
+
+import json
+import logging
+from dataclasses import replace
+from functools import partial
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from liveavatar_core.config import MAX_STEPS, SamplingConfig
+
+from . import host
+from .inputs import DEFAULT_SIZE, SIZES
+from .loaders import runtime_spec
+from .memory import geometry_of
+from .types import CATEGORY, ModelSocket, RuntimeSocket
+
+log = logging.getLogger(__name__)
+
+CEILING_BYTES = 2 * 1024**3  # of products and copies at the model's shapes
+
+
+class Benchmark(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LiveAvatar_Benchmark",
+            display_name="Live Avatar Benchmark",
+            category=CATEGORY,
+            description="Loads the model and measures, in a minute or two: one denoising step against what this card "
+            "can do, the decoder, frames a second of a whole stream, time to the first frame, and memory. Picture, "
+            "prompt and sound are random; no video comes out.",
+            inputs=[
+                ModelSocket.Input("model"),
+                io.Vae.Input("vae", tooltip="Wan 2.1 VAE"),
+                io.AudioEncoder.Input("audio_encoder"),
+                io.Combo.Input(
+                    "size",
+                    options=list(SIZES),
+                    default=DEFAULT_SIZE,
+                    tooltip="Size of the video, where no image is connected.",
+                ),
+                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Denoising steps of the sampler."),
+                io.Image.Input("image", optional=True, tooltip="The picture the video will be made of; for its size."),
+                RuntimeSocket.Input("runtime", optional=True),
+                io.Boolean.Input(
+                    "skip_last_step",
+                    default=False,
+                    optional=True,
+                    advanced=True,
+                    tooltip="As in the sampler: one step less to do.",
+                ),
+                io.Int.Input(
+                    "blocks",
+                    default=20,
+                    min=13,
+                    max=10_000,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Length of the stream, in blocks of 12 frames; long ones show whether memory grows.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+            is_output_node=True,
+            not_idempotent=True,
+            outputs=[io.String.Output("STRING", display_name="table")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return float("nan")  # must run every time
+
+    @classmethod
+    def execute(
+        cls, model, vae, audio_encoder, size, steps, image=None, runtime=None, skip_last_step=False, blocks=20
+    ) -> io.NodeOutput:
+        from liveavatar_core.bench.ceilings import measure_ceilings
+        from liveavatar_core.bench.measure import Case, measure
+        from liveavatar_core.bench.report import ceilings_table, table
+        from liveavatar_core.runtime.runtime import choose_precision, inspect_model
+        from liveavatar_core.weights.build import work_dtype
+
+        spec = runtime if runtime is not None else runtime_spec()
+        spec = replace(spec, precision=choose_precision(model, spec.precision))
+        device = spec.devices[-1]
+        case = Case(
+            model=model,
+            config=inspect_model(model),
+            runtime=spec,
+            sampling=SamplingConfig(steps=steps, seed=1, skip_last_step=skip_last_step),
+            geometry=geometry_of(size, image),
+            vae=host.HostVAE(vae, device),
+            decoder=partial(host.stream_decoder, vae, device),
+            speech=host.HostSpeechEncoder(audio_encoder),
+            blocks=blocks,
+        )
+
+        def say(text: str) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            host.say(cls.hidden.unique_id, text)
+
+        with host.settling():
+            say("measuring what the card can do")
+            first = spec.devices[0]
+            host.reserve(first, CEILING_BYTES)
+            ceilings = measure_ceilings(case.config, case.geometry, first, work_dtype(spec.precision, first))
+            line = measure(host.runtime(), case, ceilings, say)
+        rates = ceilings.rates(case.config, case.geometry)
+        about = {"size": f"{case.geometry.width}x{case.geometry.height}", "steps": steps}
+        log.info("benchmark %s", json.dumps(about | line | {"ceilings": rates}))
+        text = f"{table([line])}\n\nThis card at its best, hot:\n{ceilings_table(rates)}"
+        host.say(cls.hidden.unique_id, text)
+        return io.NodeOutput(text)
