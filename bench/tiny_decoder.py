@@ -2,15 +2,14 @@
 
     python bench/tiny_decoder.py [--size 704x384] [--blocks 24] [--device cuda:0]
 
-One line each: milliseconds of a block (3 latents in, 12 frames as uint8 on the host out), wall clock and kernels, and
-memory beyond the weights. Pictures are noise: nothing here says how a decoder looks.
+One line each: milliseconds of a block (3 latents in, 12 frames as uint8 on the host out) and memory beyond the weights.
+Pictures are noise: nothing here says how a decoder looks.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
@@ -62,17 +61,9 @@ def measure(decoder: TinyStreamDecoder | StreamDecoder, geometry: Geometry, bloc
         times.append(1000 * (time.perf_counter() - start))
     words = f"{statistics.median(times[blocks // 3 :]):8.2f} ms a block"
     if cuda:
-        kernels = kernel_ms(lambda: decoder.decode(latents[:, :LATENTS_PER_BLOCK]).cpu())
         peak, stays = torch.cuda.max_memory_allocated() - held, torch.cuda.memory_allocated() - held
-        words += f" ({kernels:.2f} of kernels), peak {peak / MIB:.0f} MiB, {stays / MIB:.0f} MiB of it between blocks"
+        words += f", peak {peak / MIB:.0f} MiB, {stays / MIB:.0f} MiB of it between blocks"
     return words
-
-
-def kernel_ms(work: Callable[[], object]) -> float:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        work()
-        torch.cuda.synchronize()
-    return sum(event.device_time_total for event in profile.key_averages()) / 1000
 
 
 def main() -> None:

@@ -42,10 +42,9 @@ def test_frames_are_those_of_the_cpu(state):
         return torch.cat([vae.decode(part, past).float().cpu() for part in latents.split([1, 3, 3], 1)])
 
     want = frames(torch.float32, "cpu")
-    torch.testing.assert_close(frames(torch.float32, "cuda"), want, rtol=1e-4, atol=1e-4)
-    # Some thirty layers, each rounding to 11 bits.
-    error = (frames(torch.float16, "cuda") - want).norm() / want.norm()
-    assert error < 30**0.5 * 2**-11
+    # Some thirty layers that round, to 24 bits and to 11; in float32 the kernels also sum in ways of their own.
+    for dtype, bound in ((torch.float32, 2e-5), (torch.float16, 30**0.5 * 2**-11)):
+        assert (frames(dtype, "cuda") - want).norm() < bound * want.norm(), dtype
 
 
 def test_memory_stays_the_same(state):
