@@ -105,11 +105,11 @@ class RuntimeSpec:
 
     devices: tuple[str, ...]  # in the order the plan hands them out
     plan: str = "auto"  # single, tpp, ring, rows x columns like 2x2, or auto: the fastest that fits
-    decoder: str = "auto"  # device of the VAE, or auto: where it disturbs least
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"  # auto: bf16 on GPUs, fp32 on a CPU
     attention: Literal["exact", "int8"] = "exact"  # int8: products of queries and keys in 8 bits
     kv_cache: Literal["full", "fp8"] = "full"  # fp8: keys and values of past blocks in 8 bits
     vram: float | None = None  # GiB that may be used of each GPU; None: all that is free
+    decoder: str = "auto"  # device of the VAE, or auto: where it disturbs least
 
     def __post_init__(self) -> None:
         if not self.devices:

@@ -128,7 +128,7 @@ def machine(speeds: dict[str, float], link: float = 100e9) -> Machine:
 def chosen(count: int, gib: float, plan: str = "auto", decoder: str = "auto", link: float = 100e9) -> Choice:
     """Of `count` cards of `gib` GiB, as fast as an H100."""
     rates = dict.fromkeys(names(count), 760.0)
-    spec = RuntimeSpec(names(count), plan, decoder)
+    spec = RuntimeSpec(names(count), plan, decoder=decoder)
     rooms = {name: int(gib * GIB) for name in names(count)}
     return choose_plan(LIVE_AVATAR_14B, FULL, spec, "fp8", 4, rooms, machine(rates, link))
 
