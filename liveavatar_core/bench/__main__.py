@@ -134,7 +134,14 @@ def cases(options: argparse.Namespace, setup: Setup) -> list[Case]:
         Case(
             model=setup.model,
             config=setup.config,
-            runtime=RuntimeSpec(setup.devices, options.plan, precision, attention, kv_cache, options.vram),
+            runtime=RuntimeSpec(
+                setup.devices,
+                plan=options.plan,
+                precision=precision,
+                attention=attention,
+                kv_cache=kv_cache,
+                vram=options.vram,
+            ),
             sampling=SamplingConfig(steps=options.steps, seed=1, skip_last_step=skip),
             geometry=setup.geometry,
             vae=vae,

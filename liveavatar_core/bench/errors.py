@@ -119,7 +119,15 @@ def _record(
 
 
 def _stage(spec: StageSpec, model: CausalDiT, inputs: Inputs, attention: str, kv_cache: str) -> Stage:
-    stage = Stage(spec, model, inputs.geometry, inputs.sampling, inputs.conditioning.text)
+    stage = Stage(
+        spec,
+        model,
+        inputs.geometry,
+        inputs.sampling,
+        inputs.conditioning.text,
+        attention=attention,
+        kv_cache=kv_cache,
+    )
     condition = (inputs.conditioning.reference, inputs.conditioning.motion)
     stage.run(Payload(PREFILL, PREFILL, sink=0, condition=condition))
     return stage
