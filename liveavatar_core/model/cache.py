@@ -62,7 +62,11 @@ class BlockCache:
 
         def empty(kind: torch.dtype) -> Tensor | Heads:
             values = torch.zeros(shape, device=device, dtype=kind)
-            return values if kind == dtype else Heads(values, torch.zeros(shape[:-1], device=device, dtype=SCALE))
+            if kind == dtype:
+                return values
+            # Tokens side by side: a kernel reads the scales of many keys of one head.
+            scale = torch.zeros((1, heads, shape[1]), device=device, dtype=SCALE).transpose(1, 2)
+            return Heads(values, scale)
 
         self.k_BSHK, self.v_BSHK = map(empty, kinds(dtype, attention, kv_cache))
         self.next_block = 0  # a Python int: never read back from a GPU

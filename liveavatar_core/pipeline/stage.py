@@ -44,11 +44,14 @@ class Stage:
         *,
         graphs: bool = True,
         host: HostMemory | None = None,
+        attention: str = "exact",
+        kv_cache: str = "full",
     ) -> None:
         """`text` (length, text_dim). Everything constant over the stream is computed here, once.
 
         `graphs`: on a GPU, run the layers as CUDA graphs once the window is full. Same numbers. `host`: memory for
         what `spec.offload` keeps there, that of an earlier stage with this spec and geometry; new memory if None.
+        `attention` and `kv_cache` as in RuntimeSpec.
         """
         self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
         self.device = torch.device(spec.device)
@@ -62,7 +65,12 @@ class Stage:
         self._caches = {
             step: [
                 BlockCache(
-                    geometry, *shape, device="meta" if (step, layer) in rings else self.device, dtype=model.dtype
+                    geometry,
+                    *shape,
+                    device="meta" if (step, layer) in rings else self.device,
+                    dtype=model.dtype,
+                    attention=attention,
+                    kv_cache=kv_cache,
                 )
                 for layer in spec.layers
             ]
