@@ -88,7 +88,7 @@ def random_speech(config: ModelConfig, device: torch.device | str) -> Wav2Vec2Sp
     torch.manual_seed(0)
     with torch.device(device):
         model = Wav2Vec2Model(sizes)
-    return Wav2Vec2Speech(model.to(encoder_dtype(device)))
+    return Wav2Vec2Speech(model.to(device, encoder_dtype(device)))  # not every parameter obeys the context
 
 
 def encoder_dtype(device: torch.device | str) -> torch.dtype:
