@@ -7,7 +7,7 @@ host's: with CUDA graphs the host would send one block round the whole ring befo
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from traceback import clear_frames
 
@@ -18,13 +18,11 @@ from liveavatar_core.pipeline.links import Lane, Mark
 from liveavatar_core.pipeline.monitor import Monitor, Span
 from liveavatar_core.pipeline.plan import PREFILL
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.pipeline.timetable import NEVER, PATIENCE, pick
 from liveavatar_core.types import Payload
 
-LEAD = 0.01  # seconds before a device is done with one hop that it is given the next
-PATIENCE = 0.1  # of a hop: how long a device may stay idle for an older block that is on its way
 POLL = 0.0005  # seconds between two looks at a device whose time is not known
 AHEAD = 2  # hops a device may have been given: one that runs, one behind it
-NEVER = float("inf")
 
 At = tuple[int, int]  # block, step
 
@@ -57,19 +55,6 @@ class _Given:
     due: float
     seconds: float  # expected; NEVER if nobody knows
     since: float  # when it was given
-
-
-def pick(expected: Sequence[tuple[int, float]], now: float, free: float, patience: float) -> tuple[int | None, float]:
-    """Which of the payloads, given as (block, when it will be there), comes next, or None and when to look again.
-
-    The oldest of those that keep a device, which is done with everything else at `free`, waiting no longer than
-    `patience` beyond the earliest. Decided no sooner than LEAD before it can begin: an older one may still turn up.
-    """
-    begin = max(free, min(when for _, when in expected))
-    if begin - now > LEAD:
-        return None, begin - LEAD
-    timely = [i for i, (_, when) in enumerate(expected) if when <= begin + patience]
-    return min(timely, key=lambda i: expected[i][0]), now
 
 
 class Worker:
