@@ -1,4 +1,5 @@
-"""Memory before it is taken: bytes by device and part for a model, a size and a plan. Needs no GPU.
+"""Memory before it is taken: bytes by device and part for a model, a size and a plan; and what of it is kept in host
+memory where a device is too small. Needs no GPU.
 
 Weights, caches and tables are counted from the shapes the code allocates. Activations and the decoder's workspace are
 estimates, from one constant each. It knows sizes, not tensors: nothing here allocates anything.
@@ -6,7 +7,7 @@ estimates, from one constant each. It knows sizes, not tensors: nothing here all
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
@@ -15,11 +16,19 @@ import torch
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.errors import InputError, PlanError
 from liveavatar_core.geometry import FRAMES_PER_BLOCK, PIXELS_PER_LATENT, WINDOW_BLOCKS, Geometry, fit_size
-from liveavatar_core.pipeline.plan import Plan, StageSpec, layer_ring
+from liveavatar_core.model.cache import token_bytes
+from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.model.hosted import image_bytes, layer_tensors
+from liveavatar_core.pipeline.hosted import VERSIONS
+from liveavatar_core.pipeline.plan import Offload, Plan, StageSpec, layer_ring
 from liveavatar_core.weights.build import empty_dit, planned_dit, work_dtype
 
 GIB = 1024**3
+HOST = "host"  # stands where a device would
 FLOAT32 = 4  # bytes
+# Of a card's memory, what is not ours to plan: CUDA's context, 0.5 GiB, its libraries, and gaps of the allocator.
+OUTSIDE = GIB
+BUS = 25e9  # bytes a second from host memory, for an estimate: PCIe 4 with 16 lanes
 AREAS = (704 * 384, 688 * 368, 384 * 256)  # pixels of the sizes on offer, largest first
 LARGEST_RING = 8  # devices; more than one machine has is no advice
 
@@ -61,13 +70,16 @@ class MemoryPlan:
     geometry: Geometry
     plan: Plan
     precision: str
+    attention: str
+    kv_cache: str
     decoder: str  # device of the VAE
     vae: VaeSize
     parts: tuple[Part, ...]
 
     @property
     def devices(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(part.device for part in self.parts))
+        """Without the host."""
+        return tuple(dict.fromkeys(part.device for part in self.parts if part.device != HOST))
 
     @property
     def total(self) -> int:
@@ -83,25 +95,33 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: ModelConfig, geometry: Geometry, plan: Plan, precision: str, *, decoder: str, vae: VaeSize = WAN_VAE
+    config: ModelConfig,
+    geometry: Geometry,
+    plan: Plan,
+    precision: str,
+    *,
+    attention: str = "exact",
+    kv_cache: str = "full",
+    decoder: str,
+    vae: VaeSize = WAN_VAE,
 ) -> MemoryPlan:
-    """Bytes of one stream. `precision` as in RuntimeSpec; `decoder`: device of the VAE."""
+    """Bytes of one stream. `precision`, `attention`, `kv_cache` as in RuntimeSpec; `decoder`: device of the VAE."""
     parts = []
     loaded = set()
     for stage in plan.stages:
+        held = _stage_bytes(config, geometry, stage, work_dtype(precision, stage.device), attention, kv_cache)
         if (stage.device, stage.layers) not in loaded:  # stages with the same layers share them
             loaded.add((stage.device, stage.layers))
-            nbytes = weight_bytes(config, stage.layers, precision, stage.device)
-            parts.append(Part(stage.device, stage.index, "weights", nbytes))
-        itemsize = work_dtype(precision, stage.device).itemsize
-        held = _stage_bytes(config, geometry, stage, itemsize)
-        parts += [Part(stage.device, stage.index, name, nbytes) for name, nbytes in held.items()]
+            held = [*_weights(config, stage, precision), *held]
+        parts += [Part(device, stage.index, name, nbytes) for device, name, nbytes in held if nbytes]
     parts += [Part(decoder, None, name, nbytes) for name, nbytes in _vae_bytes(geometry, decoder, vae).items()]
     return MemoryPlan(
         config=config,
         geometry=geometry,
         plan=plan,
         precision=precision,
+        attention=attention,
+        kv_cache=kv_cache,
         decoder=decoder,
         vae=vae,
         parts=tuple(parts),
@@ -115,7 +135,6 @@ def weight_bytes(config: ModelConfig, layers: range, precision: str, device: str
 
 @cache
 def _weight_bytes(config: ModelConfig, layers: range, dtype: torch.dtype, fp8: bool) -> int:
-    # Laying out fp8 takes seconds at full size: once for the whole model, whichever cuts are looked at.
     modules = {name.rpartition(".")[0] for name in empty_dit(config, layers).state_dict()}
     nbytes = _module_bytes(config, dtype, fp8)
     return sum(nbytes[module] for module in modules)
@@ -124,25 +143,69 @@ def _weight_bytes(config: ModelConfig, layers: range, dtype: torch.dtype, fp8: b
 @cache
 def _module_bytes(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> dict[str, int]:
     nbytes: dict[str, int] = {}
-    for name, tensor in planned_dit(config, dtype=dtype, fp8=fp8).state_dict().items():
+    for name, tensor in _laid_out(config, dtype, fp8).state_dict().items():
         module = name.rpartition(".")[0]
         nbytes[module] = nbytes.get(module, 0) + tensor.nbytes
     return nbytes
 
 
-def _stage_bytes(config: ModelConfig, geometry: Geometry, stage: StageSpec, itemsize: int) -> dict[str, int]:
-    steps, layers = len(stage.steps), len(stage.layers)
-    row = config.dim * itemsize  # one token's keys, or its values
-    visible = geometry.sink_tokens + WINDOW_BLOCKS * geometry.tokens_per_block
+@cache
+def _laid_out(config: ModelConfig, dtype: torch.dtype, fp8: bool) -> CausalDiT:
+    # Laying out fp8 takes seconds at full size: once for the whole model, whichever cuts are looked at.
+    return planned_dit(config, dtype=dtype, fp8=fp8)
+
+
+@cache
+def _layer_bytes(config: ModelConfig, layer: int, dtype: torch.dtype, fp8: bool) -> tuple[int, int]:
+    """On the device, and as an image in host memory."""
+    tensors = layer_tensors(_laid_out(config, dtype, fp8), config, layer)
+    return sum(tensor.nbytes for tensor in tensors.values()), image_bytes(tensors)
+
+
+def _images(config: ModelConfig, stage: StageSpec, precision: str) -> list[int]:
+    dtype = work_dtype(precision, stage.device)
+    return [_layer_bytes(config, layer, dtype, precision == "fp8")[1] for layer in stage.offload.weights]
+
+
+def _weights(config: ModelConfig, stage: StageSpec, precision: str) -> list[tuple[str, str, int]]:
+    """(device, name, bytes)"""
+    dtype = work_dtype(precision, stage.device)
+    away = sum(_layer_bytes(config, layer, dtype, precision == "fp8")[0] for layer in stage.offload.weights)
+    images = _images(config, stage, precision)
+    return [
+        (stage.device, "weights", weight_bytes(config, stage.layers, precision, stage.device) - away),
+        (stage.device, "buffers for weights", max(images[0::2], default=0) + max(images[1::2], default=0)),
+        (HOST, "weights", sum(images)),
+    ]
+
+
+def _stage_bytes(
+    config: ModelConfig, geometry: Geometry, stage: StageSpec, dtype: torch.dtype, attention: str, kv_cache: str
+) -> list[tuple[str, str, int]]:
+    """(device, name, bytes)"""
+    steps, layers, rings = len(stage.steps), len(stage.layers), len(stage.offload.rings)
+    row = config.dim * dtype.itemsize  # one token's keys, or its values
+    ring = _ring_bytes(config, geometry, dtype, attention, kv_cache)
+    whole = ring + geometry.sink_tokens * token_bytes(config.heads, config.head_dim, dtype, attention, kv_cache)
+    sink = layers * 2 * geometry.sink_tokens * row  # a version as its prefill leaves it
+    shown = layers * geometry.tokens_per_frame * row  # reference keys of the one before it, which caches still show
     time_tables = (steps + 1) * (6 + 1) * config.dim * FLOAT32  # every step's and the prefill's
     rotary = geometry.motion_tokens * config.head_dim * FLOAT32
-    return {
-        "block caches": steps * layers * 2 * visible * row,
-        # A version as its prefill leaves it, beside the reference keys of the one that the caches still show.
-        "attention sink": layers * (2 * geometry.sink_tokens + geometry.tokens_per_frame) * row,
-        "text and tables": layers * 2 * config.text_len * row + time_tables + rotary,
-        "activations": ACTIVATION_BYTES * geometry.tokens_per_block * config.dim,
-    }
+    return [
+        (stage.device, "block caches", (steps * layers - rings) * whole),
+        (stage.device, "buffers for rings", 2 * whole if rings else 0),
+        (stage.device, "attention sink", sink if stage.offload else sink + shown),
+        (stage.device, "text and tables", layers * 2 * config.text_len * row + time_tables + rotary),
+        (stage.device, "activations", ACTIVATION_BYTES * geometry.tokens_per_block * config.dim),
+        (HOST, "block caches", rings * ring),
+        (HOST, "attention sink", VERSIONS * sink if stage.offload else 0),
+    ]
+
+
+def _ring_bytes(config: ModelConfig, geometry: Geometry, dtype: torch.dtype, attention: str, kv_cache: str) -> int:
+    """Of one step and layer."""
+    tokens = WINDOW_BLOCKS * geometry.tokens_per_block
+    return tokens * token_bytes(config.heads, config.head_dim, dtype, attention, kv_cache)
 
 
 def _vae_bytes(geometry: Geometry, device: str, vae: VaeSize) -> dict[str, int]:
@@ -159,22 +222,112 @@ def _vae_bytes(geometry: Geometry, device: str, vae: VaeSize) -> dict[str, int]:
     }
 
 
+def room(free: Mapping[str, int], vram: float | None) -> dict[str, int]:
+    """What may be planned of the bytes that are there. `vram` as in RuntimeSpec."""
+    if vram is None:
+        return dict(free)
+    most = max(0, int(vram * GIB) - OUTSIDE)
+    return {device: min(nbytes, most) if _is_gpu(device) else nbytes for device, nbytes in free.items()}
+
+
+def fit(memory: MemoryPlan, free: Mapping[str, int]) -> MemoryPlan:
+    """The same with as little as possible in host memory, so that every GPU of `free` has room; with all that can be
+    there where even that is not enough.
+
+    Rings go first: of a ring three quarters cross the bus once in a block, while weights cross it in every step. What
+    stays is spread evenly, so that there is always something to compute while something comes. A GPU that several
+    stages share keeps everything: they would bring the same weights for each other.
+    """
+    for device, nbytes in free.items():
+        stages = [stage for stage in memory.plan.stages if stage.device == device]
+        if memory.on(device) > nbytes and _is_gpu(device) and len(stages) == 1:
+            memory = _least(memory, stages[0], nbytes)
+    return memory
+
+
+def _least(memory: MemoryPlan, stage: StageSpec, nbytes: int) -> MemoryPlan:
+    offloads = _offloads(stage, set(memory.config.audio_layers))
+    if not offloads:
+        return memory
+    most = _with_offload(memory, stage, offloads[-1])
+    if most.on(stage.device) > nbytes:
+        return most
+    choices = (_with_offload(memory, stage, offload) for offload in offloads)
+    return next(choice for choice in choices if choice.on(stage.device) <= nbytes)
+
+
+def _offloads(stage: StageSpec, audio_layers: set[int]) -> list[Offload]:
+    """The least first. Two buffers take turns, so fewer than two rings or an odd number of layers make no sense."""
+    rings = list(product(stage.steps, stage.layers))
+    # Layers with an audio injector are half as large again: their share is constant, so that bytes grow evenly.
+    heavy = [layer for layer in stage.layers if layer in audio_layers]
+    light = [layer for layer in stage.layers if layer not in audio_layers]
+    offloads = [Offload((), _spread(rings, count)) for count in range(2, len(rings) + 1)]
+    for count in range(2, len(stage.layers) + 1, 2):
+        share = count * len(heavy) // len(stage.layers)
+        layers = sorted(_spread(heavy, share) + _spread(light, count - share))
+        offloads.append(Offload(tuple(layers), tuple(rings)))
+    return offloads
+
+
+def _spread(things: Sequence, count: int) -> tuple:
+    """`count` of them, as evenly as possible."""
+    total = len(things)
+    return tuple(thing for i, thing in enumerate(things) if (i + 1) * count // total > i * count // total)
+
+
+def _with_offload(memory: MemoryPlan, stage: StageSpec, offload: Offload) -> MemoryPlan:
+    rows = tuple(
+        tuple(replace(cell, offload=offload) if cell == stage else cell for cell in row) for row in memory.plan.rows
+    )
+    return _again(memory, plan=replace(memory.plan, rows=rows))
+
+
+def _again(memory: MemoryPlan, **changes) -> MemoryPlan:
+    """The answer to the same question with some changes."""
+    asked = {name: getattr(memory, name) for name in MemoryPlan.__slots__ if name != "parts"}
+    return plan_memory(**(asked | changes))
+
+
+def _is_gpu(device: str) -> bool:
+    return device != HOST and torch.device(device).type == "cuda"
+
+
 def table(memory: MemoryPlan, free: Mapping[str, int] | None = None) -> str:
     """The plan as lines of text, a column per device, in GiB; with `free` also what each device has."""
     geometry, plan = memory.geometry, memory.plan
-    rows = [("GiB", list(memory.devices))]
+    devices = [*memory.devices, *([HOST] if memory.on(HOST) else [])]
+    rows = [("GiB", devices)]
     for name in dict.fromkeys(part.name for part in memory.parts):
         label = f"{name} (estimate)" if name in ESTIMATED else name
-        held = [memory.on(device, name) for device in memory.devices]
+        held = [memory.on(device, name) for device in devices]
         rows.append((label, [_gib(nbytes) if nbytes else "-" for nbytes in held]))
-    rows.append(("needed", [_gib(memory.on(device)) for device in memory.devices]))
+    rows.append(("needed", [_gib(memory.on(device)) for device in devices]))
     if free:
-        rows.append(("free", [_gib(free[device]) if device in free else "?" for device in memory.devices]))
+        rows.append(("free", [_gib(free[device]) if device in free else "?" for device in devices]))
     first = max(len(label) for label, _ in rows)
     width = 2 + max(len(cell) for _, cells in rows for cell in cells)
     lines = [label.ljust(first) + "".join(cell.rjust(width) for cell in cells) for label, cells in rows]
     title = f"{geometry.width}x{geometry.height}, {plan.steps} steps, precision {memory.precision}, plan {plan.name}"
+    lines += [_traffic(memory, stage) for stage in plan.stages if stage.offload]
     return "\n".join([f"{title}, {_gib(memory.total)} GiB in all", *lines])
+
+
+def streamed_bytes(memory: MemoryPlan, stage: StageSpec) -> int:
+    """Bytes that come from host memory in one step, once the window is full; the mean of the stage's steps."""
+    dtype = work_dtype(memory.precision, stage.device)
+    ring = _ring_bytes(memory.config, memory.geometry, dtype, memory.attention, memory.kv_cache)
+    seen = ring * (WINDOW_BLOCKS - 1) // WINDOW_BLOCKS  # the slot that is being written does not come
+    return len(stage.offload.rings) * seen // len(stage.steps) + sum(_images(memory.config, stage, memory.precision))
+
+
+def _traffic(memory: MemoryPlan, stage: StageSpec) -> str:
+    nbytes, offload = streamed_bytes(memory, stage), stage.offload
+    return (
+        f"{stage.device} reads {_gib(nbytes)} GiB from host memory in every step, {nbytes / BUS:.2f} s at "
+        f"{BUS / 1e9:.0f} GB/s: {len(offload.rings)} of {len(stage.steps) * len(stage.layers)} rings, "
+        f"weights of {len(offload.weights)} of {len(stage.layers)} layers"
+    )
 
 
 def check(memory: MemoryPlan, free: Mapping[str, int]) -> None:
@@ -185,9 +338,11 @@ def check(memory: MemoryPlan, free: Mapping[str, int]) -> None:
     needed, geometry = memory.on(device), memory.geometry
     hints = [f"{words} ({_gib(_largest(fitting))} GiB)" for words, fitting in alternatives(memory, free)]
     advice = f"Try: {'; '.join(hints)}" if hints else "No size or precision on offer fits; use a larger card"
+    name = "host memory" if device == HOST else device
+    streamed = ", with all in host memory that can be streamed" if memory.on(HOST) and device != HOST else ""
     raise PlanError(
-        f"{device} needs {_gib(needed)} GiB for {geometry.width}x{geometry.height} with precision {memory.precision}, "
-        f"{_gib(free[device])} GiB is free (short by {_gib(needed - free[device])} GiB). {advice}"
+        f"{name} needs {_gib(needed)} GiB for {geometry.width}x{geometry.height} with precision {memory.precision}"
+        f"{streamed}, {_gib(free[device])} GiB is free (short by {_gib(needed - free[device])} GiB). {advice}"
     )
 
 
@@ -205,18 +360,19 @@ def _nearest(
 ) -> Iterator[tuple[str, MemoryPlan]]:
     """Plans that fit, one per set of things changed, all with the same smallest number of changes."""
     precisions = [None] if memory.precision == "fp8" else ["fp8", None]
+    kv_caches = [None] if memory.kv_cache == "fp8" else ["fp8", None]
     sizes = [None, *_smaller(memory.geometry)]
-    found: set[tuple[bool, bool]] = set()
-    fewest_changes_first = sorted(product(precisions, sizes, rings), key=lambda choice: -choice.count(None))
-    for precision, size, ring in fewest_changes_first:
-        kind = (precision is not None, size is not None)
+    found: set[tuple[bool, ...]] = set()
+    fewest_changes_first = sorted(product(precisions, kv_caches, sizes, rings), key=lambda choice: -choice.count(None))
+    for precision, kv_cache, size, ring in fewest_changes_first:
+        kind = tuple(change is not None for change in (precision, kv_cache, size))
         if any(sum(kind) > sum(other) for other in found):
             return
         if kind not in found and (any(kind) or ring):
-            candidate, room = _changed(memory, free, precision, size, ring)
+            candidate, room = _changed(memory, free, precision, kv_cache, size, ring)
             if candidate.fits(room):
                 found.add(kind)
-                yield _words(precision, size, ring), candidate
+                yield _words(precision, kv_cache, size, ring), candidate
 
 
 def _smaller(geometry: Geometry) -> list[Geometry]:
@@ -228,7 +384,7 @@ def _smaller(geometry: Geometry) -> list[Geometry]:
 
 def _rings(memory: MemoryPlan, free: Mapping[str, int]) -> list[Plan]:
     """Layer rings over the devices at hand, then over more of their kind; the shortest first."""
-    names = list(free)
+    names = [name for name in free if name != HOST]
     kind = torch.device(names[0]).type
     names += [name for i in range(LARGEST_RING) if (name := f"{kind}:{i}") not in names]
     present = len(memory.plan.stages) if memory.plan.name == "ring" else 1
@@ -237,27 +393,37 @@ def _rings(memory: MemoryPlan, free: Mapping[str, int]) -> list[Plan]:
 
 
 def _changed(
-    memory: MemoryPlan, free: Mapping[str, int], precision: str | None, geometry: Geometry | None, ring: Plan | None
+    memory: MemoryPlan,
+    free: Mapping[str, int],
+    precision: str | None,
+    kv_cache: str | None,
+    geometry: Geometry | None,
+    ring: Plan | None,
 ) -> tuple[MemoryPlan, Mapping[str, int]]:
-    """The plan with these changes, and the room it may take."""
-    plan = ring or memory.plan
-    decoder = plan.stages[-1].device if ring else memory.decoder
-    changed = plan_memory(
-        memory.config,
-        geometry or memory.geometry,
-        plan,
-        precision or memory.precision,
-        decoder=decoder,
-        vae=memory.vae,
+    """The plan with these changes, fitted into the room it may take, and that room."""
+    rows = tuple(tuple(replace(stage, offload=Offload()) for stage in row) for row in memory.plan.rows)
+    changed = _again(
+        memory,
+        geometry=geometry or memory.geometry,
+        plan=ring or replace(memory.plan, rows=rows),
+        precision=precision or memory.precision,
+        kv_cache=kv_cache or memory.kv_cache,
+        decoder=ring.stages[-1].device if ring else memory.decoder,
     )
-    room = {device: free.get(device, min(free.values())) for device in changed.devices} if ring else free
-    return changed, room
+    room = dict(free)
+    if ring:
+        smallest = min(nbytes for device, nbytes in free.items() if device != HOST)
+        room = {device: free.get(device, smallest) for device in changed.devices}
+        room |= {HOST: free[HOST]} if HOST in free else {}
+    return fit(changed, room), room
 
 
-def _words(precision: str | None, geometry: Geometry | None, ring: Plan | None) -> str:
+def _words(precision: str | None, kv_cache: str | None, geometry: Geometry | None, ring: Plan | None) -> str:
     words = []
     if precision is not None:
         words.append(f"precision {precision}")
+    if kv_cache is not None:
+        words.append(f"kv_cache {kv_cache}")
     if geometry is not None:
         words.append(f"size {geometry.width}x{geometry.height}")
     if ring is not None:

@@ -16,12 +16,13 @@ from liveavatar_core.config import ModelConfig, ModelSpec, RuntimeSpec, Sampling
 from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.model.host_memory import HostMemory
 from liveavatar_core.pipeline.monitor import Monitor
-from liveavatar_core.pipeline.plan import Plan, choose
+from liveavatar_core.pipeline.plan import Plan, StageSpec, choose
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
-from liveavatar_core.runtime.memory import MemoryPlan, check, plan_memory, table, weight_bytes
+from liveavatar_core.runtime.memory import HOST, MemoryPlan, check, fit, plan_memory, room, table, weight_bytes
 from liveavatar_core.types import BlockRequest, Conditioning
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.layout import infer_config
@@ -30,7 +31,11 @@ from liveavatar_core.weights.reader import WeightReader, open_weights
 
 log = logging.getLogger(__name__)
 
+KEPT_FREE = 2 * 1024**3  # bytes of host memory that stay for everybody else
+
 Progress = Callable[[int, int], None]  # (bytes done, bytes in all)
+Part = tuple[str, range, tuple[int, ...]]  # device, layers, those of them whose weights are in host memory
+Formats = tuple[Geometry | None, str, str]  # with attention and kv_cache: what decides the sizes of a stream's memory
 
 
 def inspect_model(model: ModelSpec) -> ModelConfig:
@@ -64,12 +69,15 @@ class Runtime:
     ) -> None:
         """`reserve(device, nbytes)` is called before a device is used, so that the host can make room.
 
-        `free(devices)` gives the bytes there are then; `free_memory`, which knows CUDA devices, if None.
+        `free(devices)` gives the bytes there are then; `free_memory`, which knows CUDA devices and the host, if None.
         `open_model(checkpoint)` gives the tensors; another one serves a model that no file holds.
         """
         self._reserve, self._free, self._open = reserve, free or free_memory, open_model
-        self._models: dict[tuple[str, range], CausalDiT] = {}
+        self._models: dict[Part, CausalDiT] = {}
+        self._formats: Formats = None, "exact", "full"  # of the next stream
+        self._host: dict[StageSpec, tuple[Formats, HostMemory]] = {}  # of stages with an offload
         self._resident: tuple[ModelSpec, str] | None = None  # model and precision of what is loaded
+        self._fitted: dict[tuple[MemoryPlan, float | None], MemoryPlan] = {}  # the last plan, as asked and as made
         self._streaming = threading.Lock()
 
     @property
@@ -78,10 +86,15 @@ class Runtime:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes of weights held per device."""
+        """Bytes held between streams, by device: weights; and all that is in host memory."""
         held: dict[str, int] = {}
-        for (device, _), model in self._models.items():
-            held[device] = held.get(device, 0) + sum(p.numel() * p.element_size() for p in model.state_dict().values())
+        for (device, *_), model in self._models.items():
+            storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in model.state_dict().values()}
+            nbytes = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+            held[device] = held.get(device, 0) + nbytes
+        hosted = [model.hosted.host_bytes for model in self._models.values() if model.hosted is not None]
+        if hosted or self._host:
+            held[HOST] = sum(hosted) + sum(memory.nbytes for _, memory in self._host.values())
         return held
 
     def ensure(
@@ -96,40 +109,69 @@ class Runtime:
     ) -> Plan:
         """Make exactly the parts resident that a stream needs; keep those that already are.
 
-        With the stream's `geometry`, its whole memory is planned, logged and asked for before anything is loaded, and
-        PlanError says what would fit if it does not. Without, only the weights are asked for.
+        With the stream's `geometry`, its whole memory is planned, logged and asked for before anything is loaded; what
+        a GPU has no room for is to be streamed from host memory, as the plan says that comes back, and PlanError says
+        what would fit if not even that is enough. Without, only the weights are asked for.
         """
         _check_devices(spec.devices)
         plan = choose(spec.plan, steps, config.layers, spec.devices)
         precision = choose_precision(model, spec.precision)
         if self._resident != (model, precision):
             self.unload()
-        needed = {(stage.device, stage.layers) for stage in plan.stages}
+        if geometry is not None:
+            memory = plan_memory(
+                config,
+                geometry,
+                plan,
+                precision,
+                attention=spec.attention,
+                kv_cache=spec.kv_cache,
+                decoder=spec.devices[-1],
+            )
+            plan = self._make_room(memory, spec.vram)
+        needed = {_part(stage) for stage in plan.stages}
         for part in [part for part in self._models if part not in needed]:
             del self._models[part]
-        if geometry is not None:
-            self._make_room(plan_memory(config, geometry, plan, precision, decoder=spec.devices[-1]))
+        self._formats = formats = geometry, spec.attention, spec.kv_cache
+        known, self._host = self._host, {}
+        for stage in plan.stages:
+            if stage.offload:
+                fresh = formats, HostMemory(torch.device(stage.device))
+                self._host[stage] = known[stage] if stage in known and known[stage][0] == formats else fresh
+        del known
         for part in sorted(needed - self._models.keys(), key=str):
-            device, layers = part
+            device, layers, _ = part
             if geometry is None:
                 self._reserve(device, weight_bytes(config, layers, precision, device))
             self._models[part] = self._load(model, config, part, precision, progress)
         self._resident = (model, precision)
         return plan
 
-    def _make_room(self, memory: MemoryPlan) -> None:
-        """Ask the host for what the plan takes beyond the weights already here, then look whether it is there."""
+    def _make_room(self, memory: MemoryPlan, vram: float | None) -> Plan:
+        """Ask the host for what the plan takes beyond the weights already here, then fit it into what is there."""
         held = self.nbytes
-        for device in memory.devices:
-            self._reserve(device, memory.on(device) - held.get(device, 0))
-        free = {device: nbytes + held.get(device, 0) for device, nbytes in self._free(memory.devices).items()}
-        log.info("memory plan\n%s", table(memory, free))
-        check(memory, free)
+        wanted = room({device: memory.on(device) for device in memory.devices}, vram)
+        for device, nbytes in wanted.items():
+            self._reserve(device, nbytes - held.get(device, 0))
+        found = self._free([*memory.devices, HOST])
+        free = room({device: nbytes + held.get(device, 0) for device, nbytes in found.items()}, vram)
+        # What was good enough for the last stream is kept: free memory is never twice the same, and another split
+        # would load the model again.
+        fitted = self._fitted.get((memory, vram))
+        if fitted is None or not fitted.fits(free):
+            fitted = fit(memory, free)
+        log.info("memory plan\n%s", table(fitted, free))
+        check(fitted, free)
+        self._fitted = {(memory, vram): fitted}
+        for device in fitted.devices:
+            if fitted.on(device) < wanted[device]:
+                self._reserve(device, fitted.on(device) - held.get(device, 0))
+        return fitted.plan
 
     def _load(
-        self, model: ModelSpec, config: ModelConfig, part: tuple[str, range], precision: str, progress: Progress | None
+        self, model: ModelSpec, config: ModelConfig, part: Part, precision: str, progress: Progress | None
     ) -> CausalDiT:
-        device, layers = part
+        device, layers, hosted = part
         dtype = work_dtype(precision, device)
         with ExitStack() as files:
             reader = files.enter_context(self._open(model.checkpoint))
@@ -142,6 +184,7 @@ class Runtime:
                 dtype=dtype,
                 device=device,
                 fp8=precision == "fp8",
+                hosted=hosted,
                 progress=progress,
             )
         log.info("layers %d-%d of %s are on %s", layers.start, layers.stop - 1, model.checkpoint.name, device)
@@ -150,7 +193,19 @@ class Runtime:
     def stages(self, plan: Plan, geometry: Geometry, sampling: SamplingConfig, text: Tensor) -> list[Stage]:
         """New stages for one stream, in the plan's order, on what `ensure` made resident. To be run inside
         `torch.inference_mode()`."""
-        return [Stage(spec, self._models[spec.device, spec.layers], geometry, sampling, text) for spec in plan.stages]
+        return [
+            Stage(
+                spec,
+                self._models[_part(spec)],
+                geometry,
+                sampling,
+                text,
+                host=self._host[spec][1] if spec.offload else None,
+                attention=self._formats[1],
+                kv_cache=self._formats[2],
+            )
+            for spec in plan.stages
+        ]
 
     def latents(
         self,
@@ -182,23 +237,41 @@ class Runtime:
             self._streaming.release()
 
     def unload(self) -> None:
-        """Drop all weights. Refused while a stream is using them."""
+        """Drop all weights, and host memory. Refused while a stream is using them."""
         if self.is_streaming:
             raise PlanError("the model is in use by a running stream; stop the stream before unloading")
         self._models.clear()
+        self._host.clear()
         self._resident = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def free_memory(devices: Iterable[str]) -> dict[str, int]:
-    """Bytes that may be taken on each CUDA device among them, the allocator's unused blocks included."""
+    """Bytes that may be taken on each CUDA device among them, the allocator's unused blocks included, and on the host.
+
+    What cannot be known is left out.
+    """
     free = {}
     for name in devices:
-        if torch.device(name).type == "cuda":
+        if name == HOST:
+            free |= _free_host()
+        elif torch.device(name).type == "cuda":
             unused = torch.cuda.memory_reserved(name) - torch.cuda.memory_allocated(name)
             free[name] = torch.cuda.mem_get_info(name)[0] + unused
     return free
+
+
+def _free_host() -> dict[str, int]:
+    try:
+        from psutil import virtual_memory  # the host has it; without, nobody judges
+    except ImportError:
+        return {}
+    return {HOST: max(0, virtual_memory().available - KEPT_FREE)}
+
+
+def _part(stage: StageSpec) -> Part:
+    return stage.device, stage.layers, stage.offload.weights
 
 
 def as_device(name: str) -> torch.device:
