@@ -104,7 +104,9 @@ class Benchmark(io.ComfyNode):
             say("measuring what the card can do")
             first = spec.devices[0]
             host.reserve(first, CEILING_BYTES)
-            ceilings = measure_ceilings(case.config, case.geometry, first, work_dtype(spec.precision, first))
+            ceilings = measure_ceilings(
+                case.config, case.geometry, first, work_dtype(spec.precision, first), [spec.attention]
+            )
             line = measure(host.runtime(), case, ceilings, say)
         rates = ceilings.rates(case.config, case.geometry)
         about = {"size": f"{case.geometry.width}x{case.geometry.height}", "steps": steps}

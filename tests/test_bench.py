@@ -1,6 +1,7 @@
 """The benchmark: what it counts against known figures, and the whole command on the toy model."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from liveavatar_core.bench.measure import SETTLED, Case, measure
 from liveavatar_core.bench.stand_ins import RandomWeights, outlier_factors, random_speech, random_vae
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, SamplingConfig
 from liveavatar_core.demo import DEMO_CONFIG
+from liveavatar_core.encoders.vae import StreamDecoder
 from liveavatar_core.errors import ConfigError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.runtime.runtime import Runtime
@@ -37,10 +39,14 @@ def test_the_floor_of_the_original_card():
     """With the rates that were measured beside the original, hot, the floors that were derived from them."""
     shapes = list(product_shapes(LIVE_AVATAR_14B))
     plain, fp8 = (dict(zip(shapes, ms, strict=True)) for ms in ((0.240, 0.637, 0.667), (0.127, 0.336, 0.330)))
-    ceilings = Ceilings(3020.0, 55.0, plain, fp8, fp8, 1.84, 0.066)
-    floors = [ceilings.forward_floor_ms(LIVE_AVATAR_14B, FULL, fp8=kind, attention_ms=1.84) for kind in (False, True)]
-    assert floors == [pytest.approx(203, abs=3), pytest.approx(147, abs=3)]
-    assert ceilings.forward_floor_ms(LIVE_AVATAR_14B, FULL, fp8=True, attention_ms=1.42) == pytest.approx(131, abs=3)
+    ceilings = Ceilings(3020.0, 55.0, plain, fp8, fp8, {"exact": 1.84, "int8": 1.42}, 0.066)
+
+    def floor(fp8: bool, attention: str) -> float:
+        return ceilings.forward_floor_ms(LIVE_AVATAR_14B, FULL, fp8=fp8, attention=attention)
+
+    assert floor(False, "exact") == pytest.approx(203, abs=3)
+    assert floor(True, "exact") == pytest.approx(147, abs=3)
+    assert floor(True, "int8") == pytest.approx(131, abs=3)
 
 
 def test_idle_is_what_no_kernel_covers():
@@ -79,19 +85,33 @@ def test_outliers_are_few_and_the_same_in_all_layers():
 
 def test_the_whole_command(tmp_path, capsys):
     output = tmp_path / "results.json"
-    arguments = ["--tiny", "--blocks", str(SETTLED + 4), "--steps", "2", "--precision", "bf16", "fp8"]
+    arguments = ["--tiny", "--blocks", str(SETTLED + 4), "--steps", "2", "--attention", "int8", "--kv-cache", "fp8"]
     assert main([*arguments, "--devices", "cpu", "--output", str(output)]) == 0
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [line["precision"] for line in lines] == ["bf16", "fp8"]
+    (line,) = (json.loads(line) for line in output.read_text().splitlines())
     printed = capsys.readouterr().out.splitlines()
-    assert [json.loads(line) for line in printed[-2:]] == lines
-    for line in lines:
-        assert set(ISSUE_KEYS) <= line.keys()
-        assert line["command"].startswith("python -m liveavatar_core.bench --tiny") and line["weights"] == "random"
-        assert line["plan"] == "single" and line["size"] == "64x64" and line["steps"] == 2
-        assert min(line[key] for key in ("forward_ms", "vae_ms", "fps", "ttff_ms", "forward_floor_ms")) > 0
-        assert line["peak_gib"] is None and line["gpu_idle"] is None and line["planned_gib"] > 0
+    assert json.loads(printed[-1]) == line
+    assert set(ISSUE_KEYS) <= line.keys()
+    assert line["command"].startswith("python -m liveavatar_core.bench --tiny") and line["weights"] == "random"
+    assert (line["plan"], line["size"], line["steps"], line["attention"]) == ("single", "64x64", 2, "int8")
+    assert min(line[key] for key in ("forward_ms", "vae_ms", "fps", "ttff_ms", "forward_floor_ms")) > 0
+    assert line["peak_gib"] is None and line["gpu_idle"] is None and line["planned_gib"] > 0
     assert any(row.startswith("forward, one step of one block ms") for row in printed)
+
+
+def test_lines_side_by_side():
+    first = {
+        "precision": "fp8",
+        "attention": "exact",
+        "kv_cache": "full",
+        "skip_last_step": False,
+        "vram_cap_gib": None,
+    }
+    first |= {"forward_ms": 160.0, "gpu_idle": None, "held_gib": {"weights": [15.6, 15.5]}}
+    rows = report.table([first, {**first, "attention": "int8", "forward_ms": 128.0}]).splitlines()
+    assert rows[0].split() == ["fp8", "exact", "fp8", "int8"]
+    assert any(row.split()[-4:] == ["x", "1.00", "x", "1.25"] for row in rows)
+    assert any(row.split() == ["weights", "GiB", *("15.5", "of", "15.6") * 2] for row in rows)
+    assert not any("idle" in row for row in rows), "nobody measured it"
 
 
 def test_what_cannot_run_is_said_in_its_line(capsys):
@@ -119,9 +139,10 @@ def test_whoever_is_told_may_stop_it():
         pass
 
     def say(text: str) -> None:
-        if text.startswith("timing the stream: block 3"):
+        if text.startswith("timing the stream: block 1"):
             raise Enough
 
+    vae = random_vae(4, "cpu")
     runtime = Runtime(open_model=lambda path: RandomWeights(DEMO_CONFIG, "cpu"))
     case = Case(
         model=ModelSpec(RANDOM),
@@ -129,12 +150,13 @@ def test_whoever_is_told_may_stop_it():
         runtime=RuntimeSpec(("cpu",), precision="fp32"),
         sampling=SamplingConfig(steps=2, seed=1),
         geometry=SMALL,
-        vae=random_vae(4, "cpu"),
+        vae=vae,
+        decoder=partial(StreamDecoder, vae),
         speech=random_speech(DEMO_CONFIG, "cpu"),
     )
     square = dict.fromkeys(product_shapes(DEMO_CONFIG), 1.0)
     with pytest.raises(Enough):
-        measure(runtime, case, Ceilings(1.0, None, square, {}, {}, 1.0, 1.0), say)
+        measure(runtime, case, Ceilings(1.0, None, square, {}, {}, {"exact": 1.0}, 1.0), say)
     assert not runtime.is_streaming
     runtime.unload()
 
@@ -167,6 +189,7 @@ def test_errors_of_the_variants():
         # of vectors of about the same length: 1 - cosine = half the square of their distance
         assert line["cosine_error"] == pytest.approx(line["relative_l2"] ** 2 / 2, rel=0.5, abs=1e-6)
     assert lines["fp8 by row"]["relative_l2"] > 0.01
+    assert lines["bf16, int8 attention"]["relative_l2"] > 1e-3 and lines["bf16, fp8 KV cache"]["relative_l2"] > 1e-3
 
 
 def test_the_commit_is_read_from_the_clone(tmp_path: Path):
@@ -192,6 +215,7 @@ def test_too_few_blocks():
             sampling=SamplingConfig(),
             geometry=SMALL,
             vae=None,
+            decoder=None,
             speech=None,
             blocks=5,
         )

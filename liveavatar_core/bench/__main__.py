@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 
 from liveavatar_core.bench import report
-from liveavatar_core.bench.ceilings import measure_ceilings
+from liveavatar_core.bench.ceilings import GIB, measure_ceilings
+from liveavatar_core.bench.clock import cuda_devices
 from liveavatar_core.bench.errors import compare, random_inputs
 from liveavatar_core.bench.measure import BLOCKS, Case, Say, measure
 from liveavatar_core.bench.stand_ins import RandomWeights, random_speech, random_vae
@@ -47,6 +48,7 @@ from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.lora import open_lora
 from liveavatar_core.weights.reader import WeightReader, open_weights
 
+CONTEXT = GIB // 2
 TINY_VAE = 4  # channels at full resolution
 RANDOM = Path("random weights")
 SKIPPING = {"no": [False], "yes": [True], "both": [False, True]}
@@ -91,6 +93,10 @@ class Setup:
     def device(self) -> str:
         return self.devices[0]
 
+    @property
+    def cards(self) -> list[torch.device]:
+        return cuda_devices(self.devices)
+
     def open(self, checkpoint: Path, *, outliers: bool = False) -> WeightReader:
         random = checkpoint == RANDOM
         return RandomWeights(self.config, self.device, outliers=outliers) if random else open_weights(checkpoint)
@@ -111,7 +117,7 @@ def set_up(options: argparse.Namespace, command: str) -> Setup:
         config = inspect_model(model)
     else:
         config = DEMO_CONFIG if options.tiny else LIVE_AVATAR_14B
-    cards = sorted({name for name in devices if torch.device(name).type == "cuda"})
+    cards = cuda_devices(devices)
     about = {
         "command": command,
         "commit": options.commit or report.commit(),
@@ -129,7 +135,8 @@ def cases(options: argparse.Namespace, setup: Setup) -> list[Case]:
     """Every combination of what was given several values."""
     precisions = options.precision or ["fp8" if setup.about["gpus"] else "fp32"]
     vae = random_vae(TINY_VAE if options.tiny else WAN_VAE.width, setup.devices[-1])
-    speech = random_speech(setup.config, setup.device)
+    # A small card has no room for it while a stream runs.
+    speech = random_speech(setup.config, "cpu" if options.vram else setup.device)
     return [
         Case(
             model=setup.model,
@@ -160,9 +167,11 @@ def speed(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict]
     wanted = cases(options, setup)
     say("measuring the ceilings")
     dtype = work_dtype(wanted[0].runtime.precision, setup.device)
-    ceilings = measure_ceilings(setup.config, setup.geometry, setup.device, dtype)
+    ceilings = measure_ceilings(setup.config, setup.geometry, setup.device, dtype, options.attention)
     rates = ceilings.rates(setup.config, setup.geometry)
     print(f"ceilings, hot\n{report.ceilings_table(rates)}\n")
+    if options.vram:
+        limit(setup, options.vram)
     runtime = Runtime(open_model=setup.open)
     for case in wanted:
         say(", ".join(f"{name} {value}" for name, value in case.settings().items() if value))
@@ -170,7 +179,15 @@ def speed(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict]
             line = measure(runtime, case, ceilings, say)
         except LiveAvatarError as error:
             line = {**case.settings(), "error": str(error)}
-        yield {**setup.about, **line, "ceilings": rates, "notes": notes(setup)}
+        yield {**setup.about, **line, "ceilings": rates, "notes": notes(setup, case)}
+
+
+def limit(setup: Setup, vram: float) -> None:
+    """Let torch take no more than it could on cards of this size, where CUDA's context is beside it."""
+    for card in setup.cards:
+        torch.cuda.empty_cache()
+        whole = torch.cuda.get_device_properties(card).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (vram * GIB - CONTEXT) / whole), card)
 
 
 def errors(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict]:
@@ -199,10 +216,13 @@ def errors(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict
         yield from lines
 
 
-def notes(setup: Setup) -> str:
+def notes(setup: Setup, case: Case) -> str:
+    nbytes = sum(parameter.nbytes for parameter in case.speech.model.parameters())
+    device = case.speech.model.device.type
+    listener = f"the sound is encoded by a random wav2vec2, {nbytes / GIB:.1f} GiB on {device} and in no memory plan"
     if setup.model.checkpoint == RANDOM:
-        return "random weights, prompt, picture and sound; the sound is encoded by a wav2vec2 of random weights"
-    return "VAE and wav2vec2 of random weights; prompt, picture and sound are random"
+        return f"random weights, prompt, picture and sound; {listener}"
+    return f"VAE of random weights; prompt, picture and sound are random; {listener}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,6 +4,7 @@ A forward's floor counts the products, the attention and the bytes that no way o
 (SPEC 8.2), each at the rate measured here.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from liveavatar_core.bench.clock import call_ms
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.geometry import WINDOW_BLOCKS, Geometry
 from liveavatar_core.model.attention import attend
+from liveavatar_core.model.pointwise import quantise_heads
 from liveavatar_core.weights.quant import has_fp8
 
 GIB = 1024**3
@@ -55,16 +57,15 @@ class Ceilings:
     plain: dict[tuple[int, int], float]  # product by (inputs, outputs) in the working dtype
     fp8_tensor: dict[tuple[int, int], float]  # a scale per tensor; empty where the card has no fp8
     fp8_row: dict[tuple[int, int], float]  # a scale per row
-    attention: float  # of a full window
+    attention: dict[str, float]  # to a full window, by kind as in RuntimeSpec
     cross_attention: float  # to the text
 
-    def forward_floor_ms(self, config: ModelConfig, geometry: Geometry, *, fp8: bool, attention_ms: float) -> float:
-        """`attention_ms` is one layer's attention to a full window."""
+    def forward_floor_ms(self, config: ModelConfig, geometry: Geometry, *, fp8: bool, attention: str) -> float:
         products = self.plain
         if fp8 and self.fp8_row:
             products = {shape: min(ms, self.fp8_tensor[shape]) for shape, ms in self.fp8_row.items()}
         layer_bytes = PASSES * geometry.tokens_per_block * config.dim * 2
-        per_layer = attention_ms + self.cross_attention + layer_bytes / self.copy_gbs / 1e6
+        per_layer = self.attention[attention] + self.cross_attention + layer_bytes / self.copy_gbs / 1e6
         return config.layers * per_layer + sum(
             count * products[shape] for shape, count in product_shapes(config).items()
         )
@@ -83,13 +84,15 @@ class Ceilings:
             "product_tflops": tflops(self.plain),
             "fp8_tensor_tflops": tflops(self.fp8_tensor),
             "fp8_row_tflops": tflops(self.fp8_row),
-            "attention_tflops": round(flops / self.attention / 1e9, 1),
-            "attention_ms": round(self.attention, 3),
+            "attention_tflops": {kind: round(flops / ms / 1e9, 1) for kind, ms in self.attention.items()},
+            "attention_ms": {kind: round(ms, 3) for kind, ms in self.attention.items()},
         }
 
 
 @torch.inference_mode()
-def measure_ceilings(config: ModelConfig, geometry: Geometry, device: str, dtype: torch.dtype) -> Ceilings:
+def measure_ceilings(
+    config: ModelConfig, geometry: Geometry, device: str, dtype: torch.dtype, attentions: Iterable[str]
+) -> Ceilings:
     """Takes some four seconds on a GPU, and about a GiB."""
     on_gpu = torch.device(device).type == "cuda"
     seconds = SECONDS if on_gpu else SECONDS / 50
@@ -113,6 +116,13 @@ def measure_ceilings(config: ModelConfig, geometry: Geometry, device: str, dtype
 
         return call_ms(device, product, seconds)
 
+    def attention_ms(keys: int, kind: str) -> float:
+        heads = (config.heads, config.head_dim)
+        q, k, v = random(1, tokens, *heads), random(1, keys, *heads), random(1, keys, *heads)
+        if kind == "int8":
+            q, k = quantise_heads(q), quantise_heads(k)
+        return call_ms(device, lambda: attend(q, k, v), seconds)
+
     if on_gpu:
         plain(*shapes[0], seconds=HEATING)
     has_8bit = has_fp8(torch.device(device)) and not any(size % 16 for shape in shapes for size in shape)
@@ -122,18 +132,9 @@ def measure_ceilings(config: ModelConfig, geometry: Geometry, device: str, dtype
         {shape: plain(*shape) for shape in shapes},
         {shape: fp8(*shape, by_row=False) for shape in shapes} if has_8bit else {},
         {shape: fp8(*shape, by_row=True) for shape in shapes} if has_8bit else {},
-        attention_ms(config, geometry, device, dtype, visible_tokens(geometry), seconds),
-        attention_ms(config, geometry, device, dtype, config.text_len, seconds),
+        {kind: attention_ms(visible_tokens(geometry), kind) for kind in attentions},
+        attention_ms(config.text_len, "exact"),
     )
-
-
-def attention_ms(
-    config: ModelConfig, geometry: Geometry, device: str, dtype: torch.dtype, keys: int, seconds: float
-) -> float:
-    heads = (config.heads, config.head_dim)
-    q = torch.randn(1, geometry.tokens_per_block, *heads, device=device).to(dtype)
-    k, v = torch.randn(2, 1, keys, *heads, device=device).to(dtype)
-    return call_ms(device, lambda: attend(q, k, v), seconds)
 
 
 def _copy_gbs(device: str, seconds: float) -> float:

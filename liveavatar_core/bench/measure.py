@@ -32,7 +32,7 @@ from liveavatar_core.geometry import (
 )
 from liveavatar_core.pipeline.plan import PREFILL, Plan
 from liveavatar_core.pipeline.stream import FrameChunk, VideoDecoder, frame_chunks
-from liveavatar_core.runtime.memory import plan_memory
+from liveavatar_core.runtime.memory import HOST, MemoryPlan, plan_memory, streamed_bytes
 from liveavatar_core.runtime.runtime import Runtime
 from liveavatar_core.types import BlockRequest, Conditioning, Payload
 
@@ -44,8 +44,8 @@ FORWARDS = 24  # timed one by one
 DECODED = 6  # blocks decoded alone
 
 PARTS = {  # what is measured together -> parts of the memory plan
-    "weights": ("weights",),
-    "caches": ("block caches", "attention sink", "text and tables"),
+    "weights": ("weights", "buffers for weights"),
+    "caches": ("block caches", "buffers for rings", "attention sink", "text and tables"),
     "activations": ("activations",),
     "decoder": ("VAE caches", "VAE workspace"),
 }
@@ -104,25 +104,27 @@ def measure(runtime: Runtime, case: Case, ceilings: Ceilings, say: Say = lambda 
     conditioning, portrait_ms = _conditioning(case, cuda)
     _features(case).block(0)
     say("loading the model")
-    empty, started = _allocated(cuda), time.perf_counter()
+    started = time.perf_counter()
     plan = runtime.ensure(
         case.model, case.config, case.runtime, case.sampling.evaluations, _percent(say), geometry=case.geometry
     )
     synchronise(cuda)
     load_s = time.perf_counter() - started
-    held = {"weights": _allocated(cuda) - empty}
+    held = {"weights": sum(nbytes for device, nbytes in runtime.nbytes.items() if device != HOST)}
+    memory = _planned(case, plan)
     forwards = _measure_forwards(runtime, plan, case, conditioning, held, say)
     gc.collect()  # its caches make room for the stream's
     decoder = _measure_decoder(case, conditioning, held, say)
     stream = _measure_stream(runtime, plan, case, conditioning, say)
+    held[HOST] = runtime.nbytes.get(HOST, 0)
     return {
         **case.settings(),
         "plan": plan.name,
         **forwards,
-        **_against_floor(forwards["forward_ms"], case, ceilings),
+        **_against_floor(forwards, memory, ceilings),
         **decoder,
         **stream,
-        **_against_plan(plan, case, held),
+        **_against_plan(memory, held, cuda),
         "load_s": round(load_s, 1),
         "portrait_ms": round(portrait_ms, 1),
     }
@@ -283,30 +285,45 @@ def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Cond
     }
 
 
-def _against_plan(plan: Plan, case: Case, held: dict[str, int]) -> dict:
-    """Planned bytes of the fullest device, and of all devices by part, each with what was measured."""
-    cuda = cuda_devices(case.devices)
-    memory = plan_memory(case.config, case.geometry, plan, case.runtime.precision, decoder=case.runtime.devices[-1])
+def _planned(case: Case, plan: Plan) -> MemoryPlan:
+    """As the runtime made it."""
+    spec = case.runtime
+    return plan_memory(
+        case.config,
+        case.geometry,
+        plan,
+        spec.precision,
+        attention=spec.attention,
+        kv_cache=spec.kv_cache,
+        decoder=spec.devices[-1],
+    )
+
+
+def _against_plan(memory: MemoryPlan, held: dict[str, int], cuda: list[torch.device]) -> dict:
+    """Planned GiB of the fullest device; and by part, of all devices, [planned, measured]."""
     planned = {
         part: sum(memory.on(device, name) for device in memory.devices for name in names)
         for part, names in PARTS.items()
-    }
+    } | {HOST: memory.on(HOST)}
     return {
         "planned_gib": _gib(max(memory.on(device) for device in memory.devices)),
         "held_gib": {part: [_gib(planned[part]), _gib(nbytes) if cuda else None] for part, nbytes in held.items()},
     }
 
 
-def _against_floor(forward_ms: float, case: Case, ceilings: Ceilings) -> dict:
-    floor = ceilings.forward_floor_ms(
-        case.config, case.geometry, fp8=case.runtime.precision == "fp8", attention_ms=ceilings.attention
-    )
-    flops = product_flops(case.config, case.geometry) + attention_flops(case.config, case.geometry)
-    return {
-        "forward_floor_ms": round(floor, 2),
-        "of_floor": round(floor / forward_ms, 3),
-        "tflops": round(flops / forward_ms / 1e9, 1),
-    }
+def _against_floor(forwards: dict, memory: MemoryPlan, ceilings: Ceilings) -> dict:
+    """What the card could do; and, of a stage that streams from host memory, what its bus could do."""
+    config, geometry, forward_ms = memory.config, memory.geometry, forwards["forward_ms"]
+    floor = ceilings.forward_floor_ms(config, geometry, fp8=memory.precision == "fp8", attention=memory.attention)
+    flops = product_flops(config, geometry) + attention_flops(config, geometry)
+    result = {"tflops": round(flops / forward_ms / 1e9, 1)}
+    streamed = sum(streamed_bytes(memory, stage) for stage in memory.plan.stages)
+    if streamed and ceilings.h2d_gbs:
+        bus_ms = streamed / ceilings.h2d_gbs / 1e6
+        bound = max(forwards["kernels_ms"], bus_ms)
+        result |= {"streamed_gib": _gib(streamed), "bus_ms": round(bus_ms, 2), "of_bound": round(bound / forward_ms, 3)}
+        floor = max(floor, bus_ms)
+    return {"forward_floor_ms": round(floor, 2), "of_floor": round(floor / forward_ms, 3), **result}
 
 
 def _conditioning(case: Case, cuda: list[torch.device]) -> tuple[Conditioning, float]:
