@@ -112,7 +112,7 @@ def test_opening_reads_no_tensor_and_a_stage_reads_only_its_own(demo: DemoFiles,
     with open_weights(demo.shards) as reader:
         read = []
         get = reader.get
-        monkeypatch.setattr(reader, "get", lambda name: read.append(name) or get(name))
+        monkeypatch.setattr(reader, "get", lambda name, *device: read.append(name) or get(name, *device))
         progress = []
         stage = range(1, 3)
         model = load_dit(reader, DEMO_CONFIG, layers=stage, progress=lambda *bytes_: progress.append(bytes_), **CPU)

@@ -35,11 +35,13 @@ class RandomWeights(WeightReader):
         self._seeds = {name: seed for seed, name in enumerate(shapes)}
         self._device, self._outliers = device, outliers
 
-    def get(self, name: str) -> Tensor:
+    def get(self, name: str, device: torch.device | str | None = None) -> Tensor:
         generator = torch.Generator(self._device).manual_seed(self._seeds[name])
         noise = torch.randn(self._infos[name].shape, generator=generator, device=self._device)
         values = draw(name, noise)
-        return _with_outliers(name, values) if self._outliers and name.startswith("blocks.") else values
+        if self._outliers and name.startswith("blocks."):
+            values = _with_outliers(name, values)
+        return values.to(device or self._device)
 
 
 def outlier_factors(channels: int) -> Tensor:

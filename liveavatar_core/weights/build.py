@@ -123,10 +123,10 @@ def prepared(
             kept = None if module in merged else _kept(reader, name, owner)
             if kept is None:
                 # The bias has the dtype that the weight would have, were it not quantised.
-                kept = _quantised(owner, merge(reader.get(name).to(device, owner.bias.dtype), module, loras))
+                kept = _quantised(owner, merge(reader.get(name, device).to(owner.bias.dtype), module, loras))
             yield from ((f"{module}.{key}", tensor.to(device)) for key, tensor in kept.items())
         else:
-            tensor = reader.get(name).to(device, getattr(owner, part).dtype)
+            tensor = reader.get(name, device).to(getattr(owner, part).dtype)
             yield name, merge(tensor, module, loras) if part == "weight" else tensor
         done += infos[name].nbytes
         if progress is not None:

@@ -98,10 +98,12 @@ class WeightReader:
         """Shapes and dtypes as stored; of fp8 weights, too."""
         return self._infos
 
-    def get(self, name: str) -> Tensor:
-        """One tensor in host memory, as stored; float32 if it is fp8 with a factor. KeyError for an unknown name."""
-        tensor = self._stored(name)
-        return dequantise(tensor, self._stored(self._factors[name])) if name in self._factors else tensor
+    def get(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor as stored; float32 if it is fp8 with a factor, made on `device`. KeyError for an unknown name."""
+        tensor = self._stored(name).to(device)
+        if name not in self._factors:
+            return tensor
+        return dequantise(tensor, self._stored(self._factors[name]).to(device))
 
     def fp8(self, name: str) -> tuple[Tensor, Tensor] | None:
         """(e4m3 values, factor float32 (1,) or (out,)) of a tensor that is stored so; None for any other.
