@@ -55,7 +55,8 @@ class HostMemory:
         return self.peak
 
 
-def ours(model: str, lora: str, seconds: float, seed: int, size: str) -> dict:
+def ours(model: str, lora: str, seconds: float, seed: int, side: int) -> dict:
+    """`side`: of a square video in pixels; 0: 704x384."""
     return patch(
         json.loads(WORKFLOW.read_text()),
         {
@@ -63,7 +64,8 @@ def ours(model: str, lora: str, seconds: float, seed: int, size: str) -> dict:
             ("LiveAvatar_ModelLoader", "lora_name"): lora,
             ("LiveAvatar_Runtime", "precision"): "fp8",
             ("LiveAvatar_AudioEncoder", "seconds"): seconds,
-            ("LiveAvatar_ImageLoader", "size"): size,
+            ("LiveAvatar_ImageLoader", "width"): side,
+            ("LiveAvatar_ImageLoader", "height"): side,
             ("LiveAvatar_Sampler", "seed"): seed,
         },
     )
@@ -135,6 +137,7 @@ class Session:
             outputs = await asyncio.wait_for(self.client.run(workflow, progress), seconds)
         except Exception as error:
             line["error"] = f"{type(error).__name__}: {error}"[:600]
+            await self.client.interrupt()
         line["seconds"] = round(time.perf_counter() - progress.started, 2)
         line["nodes"] = progress.nodes
         if len(progress.blocks) > 1:
@@ -171,17 +174,15 @@ class Session:
 
 
 async def visit(server: Comfy, tell: Callable[[dict], None], options: argparse.Namespace) -> None:
-    size, other = "704*384 high quality", (1280, 720, 33)
-    if options.tiny:
-        size, other = "384*256 quick preview", (64, 64, 5)
+    side, other = (64, (64, 64, 5)) if options.tiny else (0, (1280, 720, 33))
     async with Client(server.url) as client:
         session = Session(server, client, tell)
         tell({"step": "idle", **await session.memory()})
         await session.step("other work", other_work("a woman smiles", *other), 60)
-        await session.step("ours", ours(options.model, options.lora, options.seconds, 1, size), 150)
+        await session.step("ours", ours(options.model, options.lora, options.seconds, 1, side), 150)
         await session.step("other work after ours", other_work("a man reads", *other[:2], other[2] + 4), 60)
         if options.again:
-            await session.step("ours again", ours(options.model, options.lora, options.seconds, 2, size), 120)
+            await session.step("ours again", ours(options.model, options.lora, options.seconds, 2, side), 120)
         await session.give_back()
 
 
