@@ -107,12 +107,16 @@ class Progress:
 def describe(content: Path) -> dict:
     with av.open(str(content)) as file:
         picture, sound = file.streams.video[0], file.streams.audio[0]
-        frames = sum(1 for _ in file.decode(picture))
+        frames, contrast = 0, 0.0
+        for frame in file.decode(picture):
+            frames += 1
+            contrast = max(contrast, float(frame.to_ndarray(format="gray").std()) if frames % 12 == 1 else 0.0)
         rate = float(picture.average_rate)
         return {
             "size": f"{picture.width}x{picture.height}",
             "frames": frames,
             "fps": rate,
+            "contrast": round(contrast, 1),  # 0 where numbers have become NaN
             "sound_s": round(float(sound.duration * sound.time_base), 2),
             "bytes": content.stat().st_size,
         }
@@ -178,7 +182,8 @@ async def visit(server: Comfy, tell: Callable[[dict], None], options: argparse.N
     async with Client(server.url) as client:
         session = Session(server, client, tell)
         tell({"step": "idle", **await session.memory()})
-        await session.step("other work", other_work("a woman smiles", *other), 60)
+        if not options.short:
+            await session.step("other work", other_work("a woman smiles", *other), 60)
         await session.step("ours", ours(options.model, options.lora, options.seconds, 1, side), 150)
         await session.step("other work after ours", other_work("a man reads", *other[:2], other[2] + 4), 60)
         if options.again:
@@ -194,6 +199,7 @@ def main() -> None:
     parser.add_argument("--lora", default="liveavatar.safetensors", help="none: no LoRA")
     parser.add_argument("--seconds", type=float, default=9.0, help="of speech; 0.48 are a block")
     parser.add_argument("--without-dynamic-vram", action="store_true")
+    parser.add_argument("--short", action="store_true", help="no other work before ours")
     parser.add_argument("--again", action="store_true", help="our workflow once more, after the other work")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
