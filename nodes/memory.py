@@ -21,8 +21,9 @@ class MemoryPlan(io.ComfyNode):
             node_id="LiveAvatar_MemoryPlan",
             display_name="Live Avatar Memory Plan",
             category=CATEGORY,
-            description="How much memory each device needs for a video, part by part, and what to change where it "
-            "does not fit. Loads nothing; devices that are not here can be planned for, too.",
+            description="How much memory each device needs for a video, part by part, what of it is streamed from main "
+            "memory, and what to change where even that does not fit. Loads nothing; devices that are not here can be "
+            "planned for, too.",
             inputs=[
                 ModelSocket.Input("model"),
                 io.Combo.Input(
@@ -48,8 +49,8 @@ class MemoryPlan(io.ComfyNode):
     @classmethod
     def execute(cls, model, size, steps, image=None, runtime=None) -> io.NodeOutput:
         from liveavatar_core.pipeline.plan import choose
-        from liveavatar_core.runtime.memory import check, plan_memory, table
-        from liveavatar_core.runtime.runtime import as_device, choose_precision, inspect_model
+        from liveavatar_core.runtime.memory import HOST, check, fit, plan_memory, room, table
+        from liveavatar_core.runtime.runtime import as_device, choose_precision, free_memory, inspect_model
 
         spec = runtime if runtime is not None else runtime_spec()
         for name in spec.devices:
@@ -60,9 +61,15 @@ class MemoryPlan(io.ComfyNode):
             geometry_of(size, image),
             choose(spec.plan, steps, config.layers, spec.devices),
             choose_precision(model, spec.precision),
+            attention=spec.attention,
+            kv_cache=spec.kv_cache,
             decoder=spec.devices[-1],
         )
         free = {name: nbytes for name in memory.devices if (nbytes := _free(name)) is not None}
+        own = host.runtime().nbytes.get(HOST, 0)
+        free |= {name: nbytes + own for name, nbytes in free_memory([HOST]).items()}
+        free = room(free, spec.vram)
+        memory = fit(memory, free)
         text = table(memory, free)
         try:
             check(memory, free)

@@ -303,7 +303,7 @@ def table(memory: MemoryPlan, free: Mapping[str, int] | None = None) -> str:
         held = [memory.on(device, name) for device in devices]
         rows.append((label, [_gib(nbytes) if nbytes else "-" for nbytes in held]))
     rows.append(("needed", [_gib(memory.on(device)) for device in devices]))
-    if free:
+    if free and not free.keys().isdisjoint(devices):
         rows.append(("free", [_gib(free[device]) if device in free else "?" for device in devices]))
     first = max(len(label) for label, _ in rows)
     width = 2 + max(len(cell) for _, cells in rows for cell in cells)

@@ -10,10 +10,13 @@ from test_running import node_of, pictures, the_video
 from launch.client import WorkflowFailed
 
 
+EXACT = {"attention": "exact", "kv_cache": "full", "vram": 0.0}
+
+
 def with_runtime(workflow: dict, precision: str) -> dict:
     workflow[node_of(workflow, "Sampler")]["inputs"]["runtime"] = ["runtime", 0]
     settings = {"devices": "auto", "plan": "auto", "precision": precision}
-    return workflow | {"runtime": {"class_type": "LiveAvatar_Runtime", "inputs": settings}}
+    return workflow | {"runtime": {"class_type": "LiveAvatar_Runtime", "inputs": settings | EXACT}}
 
 
 def convert_node(workflow: dict, filename: str) -> dict:
@@ -46,7 +49,7 @@ def test_the_memory_plan_is_shown(run_workflow):
     model = workflow[node_of(workflow, "Sampler")]["inputs"]["model"]
     inputs = {"model": model, "size": "384*256 quick preview", "steps": 4}
     plan = {"class_type": "LiveAvatar_MemoryPlan", "inputs": inputs}
-    cards = {"devices": "cuda:0, cuda:1, cuda:2, cuda:3", "plan": "ring", "precision": "fp8"}
+    cards = {"devices": "cuda:0, cuda:1, cuda:2, cuda:3", "plan": "ring", "precision": "fp8"} | EXACT
     elsewhere = {"class_type": "LiveAvatar_MemoryPlan", "inputs": inputs | {"runtime": ["cards", 0]}}
     loader = {key: node for key, node in workflow.items() if key == model[0]}
     run = run_workflow(
