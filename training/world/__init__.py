@@ -1,0 +1,1 @@
+"""Faces that talk, drawn in PyTorch: attributes, motion, shapes and paint. Every pixel is a function of parameters."""

@@ -1,0 +1,70 @@
+"""Lamps and the colour grade over the finished picture."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from training.world.looks import Colour
+from training.world.shapes import Scalar, ramp
+
+_LUMA = (0.30, 0.59, 0.11)
+
+# light from everywhere, from the lamp, from the other side; where the lamp is: right, down, towards us
+_LIGHTS: dict[str, tuple[Colour, Colour, Colour, Colour]] = {
+    "neutral": ((0.60, 0.60, 0.60), (0.48, 0.48, 0.48), (0, 0, 0), (-0.35, -0.45, 0.82)),
+    "studio": ((0.74, 0.74, 0.75), (0.36, 0.36, 0.36), (0.10, 0.10, 0.10), (0.10, -0.40, 0.91)),
+    "warm": ((0.66, 0.54, 0.42), (0.60, 0.47, 0.30), (0.05, 0.02, 0), (-0.35, -0.30, 0.88)),
+    "daylight": ((0.58, 0.66, 0.78), (0.48, 0.52, 0.56), (0, 0, 0.05), (0.40, -0.60, 0.69)),
+    "golden": ((0.50, 0.38, 0.34), (0.95, 0.60, 0.24), (0.05, 0.02, 0.10), (0.75, -0.20, 0.63)),
+    "side": ((0.20, 0.20, 0.24), (0.98, 0.95, 0.90), (0, 0, 0), (-0.94, -0.10, 0.32)),
+    "neon": ((0.30, 0.24, 0.42), (0.75, 0.14, 0.58), (0.06, 0.62, 0.78), (-0.88, -0.05, 0.47)),
+    "candle": ((0.30, 0.20, 0.13), (0.82, 0.50, 0.20), (0, 0, 0), (0.25, 0.62, 0.74)),
+}
+# saturation, contrast, share of white, tint
+_GRADES: dict[str, tuple[float, float, float, Colour]] = {
+    "none": (1.0, 1.0, 0.0, (1, 1, 1)),
+    "film": (0.0, 1.15, 0.0, (1, 1, 1)),
+    "oil": (0.75, 1.12, 0.0, (1.06, 0.97, 0.78)),
+    "vivid": (1.6, 1.06, 0.0, (1.02, 1.0, 1.0)),
+    "pastel": (0.8, 0.85, 0.28, (1, 0.98, 1.02)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Light:
+    ambient: Tensor  # (3, 1, 1)
+    key: Tensor  # (3, 1, 1)
+    other: Tensor  # (3, 1, 1)
+    direction: Colour
+    cel: float  # 1: shadows have one hard edge, as in drawings
+
+    def on(self, nx: Scalar = 0.0, ny: Scalar = 0.0, *, cel: float | None = None) -> Tensor:
+        """Colour that falls on a surface that leans by (nx, ny), each within -1..1."""
+        nx, ny = (torch.as_tensor(n, dtype=torch.float32, device=self.key.device) for n in (nx, ny))
+        nz = (1 - nx * nx - ny * ny).clamp(min=0.02).sqrt()
+        dx, dy, dz = self.direction
+        facing = (nx * dx + ny * dy + nz * dz).clamp(0, 1)
+        cel = self.cel if cel is None else cel
+        if cel:
+            facing = torch.lerp(facing, 0.30 + 0.55 * ramp(facing, 0.42, 0.46), cel)
+        light = self.ambient + self.key * facing
+        if self.other.any():
+            light = light + self.other * (0.4 * nz - 0.15 - 0.9 * nx * (1 if dx > 0 else -1)).clamp(0, 1)
+        return light
+
+
+def light(name: str, cel: float, device: torch.device | str) -> Light:
+    ambient, key, other, direction = _LIGHTS[name]
+    colours = (torch.tensor(colour, device=device).view(3, 1, 1) for colour in (ambient, key, other))
+    return Light(*colours, direction, cel)
+
+
+def grade(image: Tensor, name: str) -> Tensor:
+    saturation, contrast, white, tint = _GRADES[name]
+    if name != "none":
+        grey = (image * image.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+        image = grey + (image - grey) * saturation
+        image = ((image - 0.5) * contrast + 0.5) * image.new_tensor(tint).view(3, 1, 1)
+        image = image + (1 - image) * white
+    return image.clamp(0, 1)
