@@ -18,11 +18,13 @@ from liveavatar_core.geometry import Geometry
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.model.host_memory import HostMemory
 from liveavatar_core.pipeline.monitor import Monitor
-from liveavatar_core.pipeline.plan import Plan, StageSpec, choose
+from liveavatar_core.pipeline.plan import Machine, Plan, StageSpec, choose
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
-from liveavatar_core.runtime.memory import HOST, MemoryPlan, check, fit, plan_memory, room, table, weight_bytes
+from liveavatar_core.runtime.choice import Choice, choose_plan
+from liveavatar_core.runtime.memory import HOST, OUTSIDE, MemoryPlan, check, fit, room, table, weight_bytes
+from liveavatar_core.runtime.probe import measure
 from liveavatar_core.types import BlockRequest, Conditioning
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.layout import infer_config
@@ -97,6 +99,15 @@ class Runtime:
             held[HOST] = sum(hosted) + sum(memory.nbytes for _, memory in self._host.values())
         return held
 
+    def choice(
+        self, model: ModelSpec, config: ModelConfig, spec: RuntimeSpec, steps: int, geometry: Geometry
+    ) -> Choice:
+        """The plan of a stream, what it will need and do, and why. Loads nothing; several cards are timed, once."""
+        _check_devices(spec.devices)
+        precision = choose_precision(model, spec.precision)
+        machine = measure(spec.devices) if len(set(spec.devices)) > 1 else Machine()
+        return choose_plan(config, geometry, spec, precision, steps, room(capacity(spec.devices), spec.vram), machine)
+
     def ensure(
         self,
         model: ModelSpec,
@@ -114,21 +125,15 @@ class Runtime:
         what would fit if not even that is enough. Without, only the weights are asked for.
         """
         _check_devices(spec.devices)
-        plan = choose(spec.plan, steps, config.layers, spec.devices)
         precision = choose_precision(model, spec.precision)
         if self._resident != (model, precision):
             self.unload()
-        if geometry is not None:
-            memory = plan_memory(
-                config,
-                geometry,
-                plan,
-                precision,
-                attention=spec.attention,
-                kv_cache=spec.kv_cache,
-                decoder=spec.devices[-1],
-            )
-            plan = self._make_room(memory, spec.vram)
+        if geometry is None:
+            plan = choose(spec.plan, steps, config.layers, spec.devices)
+        else:
+            choice = self.choice(model, config, spec, steps, geometry)
+            log.info("plan %s", choice.why)
+            plan = self._make_room(choice.memory, spec.vram)
         needed = {_part(stage) for stage in plan.stages}
         for part in [part for part in self._models if part not in needed]:
             del self._models[part]
@@ -227,8 +232,8 @@ class Runtime:
         try:
             with torch.inference_mode():
                 stages = self.stages(plan, geometry, sampling, conditioning.text)
-            # One block more than there are stages, so that no stage waits while frames are decoded.
-            depth = len(stages) + 1
+            # Two blocks more than there are stages: one on its way, one while frames are being decoded.
+            depth = len(stages) + 2
             with ThreadedPipeline(plan, stages, monitor) as pipeline:
                 yield from denoise(
                     pipeline, conditioning, sampling, request, blocks, depth=depth, should_stop=should_stop
@@ -245,6 +250,12 @@ class Runtime:
         self._resident = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def capacity(devices: Iterable[str]) -> dict[str, int]:
+    """Bytes that may be planned of each CUDA device if everybody else makes room."""
+    cards = {name for name in devices if torch.device(name).type == "cuda"}
+    return {name: torch.cuda.get_device_properties(name).total_memory - OUTSIDE for name in cards}
 
 
 def free_memory(devices: Iterable[str]) -> dict[str, int]:
