@@ -11,7 +11,7 @@ from liveavatar_core.bench import report
 from liveavatar_core.bench.__main__ import RANDOM, main
 from liveavatar_core.bench.ceilings import Ceilings, attention_flops, product_flops, product_shapes
 from liveavatar_core.bench.clock import idle_share, kind_of
-from liveavatar_core.bench.errors import _record, compare, random_inputs
+from liveavatar_core.bench.errors import _record, _Recording, compare, random_inputs
 from liveavatar_core.bench.measure import SETTLED, Case, measure
 from liveavatar_core.bench.stand_ins import RandomWeights, outlier_factors, random_speech, random_vae
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, SamplingConfig
@@ -173,9 +173,13 @@ def test_a_model_fed_its_own_latents_gives_its_own_velocities():
     with torch.inference_mode():
         free = _record(model, inputs, "cpu", "exact", "full", None)
         fed = _record(model, inputs, "cpu", "exact", "full", free)
+        other = _Recording([[-latent for latent in row] for row in free.latents], free.velocities)
+        misfed = _record(model, inputs, "cpu", "exact", "full", other)
     assert [len(row) for row in free.velocities] == [3, 3]
     for got, want in zip(sum(fed.velocities, []), sum(free.velocities, []), strict=True):
         assert torch.equal(got, want) and want.std() > 0.01
+    assert torch.equal(misfed.velocities[0][0], free.velocities[0][0]), "the first step starts from noise"
+    assert not torch.equal(misfed.velocities[1][0], free.velocities[1][0])
 
 
 def test_errors_of_the_variants():
