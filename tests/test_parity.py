@@ -88,8 +88,9 @@ def run(
     *,
     depth: int = 1,
     seed: int | None = None,
+    **formats: str,
 ) -> torch.Tensor:
-    """All latents of one stream. With a seed, audio comes late and stages stall."""
+    """All latents of one stream. With a seed, audio comes late and stages stall. `formats`: of attention and cache."""
     conditioning, requests = inputs
     late = random.Random(seed)
 
@@ -100,7 +101,8 @@ def run(
 
     with torch.inference_mode():
         stages = [
-            Stage(spec, part_of(model, spec.layers), GEOMETRY, sampling, conditioning.text) for spec in plan.stages
+            Stage(spec, part_of(model, spec.layers), GEOMETRY, sampling, conditioning.text, **formats)
+            for spec in plan.stages
         ]
         if seed is not None:
             stages = [Stalling(stage, seed + stage.spec.index) for stage in stages]
@@ -132,6 +134,16 @@ def test_every_plan_gives_the_same_bits(model, inputs, steps):
         got = run(model, inputs, plan, sampling, depth=depth)
         differing = [n for n in range(BLOCKS) if not torch.equal(got[n], want[n])]
         assert not differing, f"{name}, {steps} steps: blocks {differing} differ from the single plan"
+
+
+@pytest.mark.parametrize(("attention", "kv_cache"), [("int8", "full"), ("exact", "fp8"), ("int8", "fp8")])
+def test_every_plan_gives_the_same_bits_in_eight_bits(model, inputs, attention, kv_cache):
+    formats = {"attention": attention, "kv_cache": kv_cache}
+    sampling, plan = SamplingConfig(seed=11), single(4, CONFIG.layers, ["cpu"])
+    exact, want = run(model, inputs, plan, sampling), run(model, inputs, plan, sampling, **formats)
+    assert 0 < (want - exact).norm() < 0.05 * exact.norm(), "near the exact one, and not the same"
+    for plan in (layer_ring(4, CONFIG.layers, ["cpu"] * 3), tpp(4, CONFIG.layers, ["cpu"] * 4)):
+        assert torch.equal(run(model, inputs, plan, sampling, depth=4, **formats), want), plan.name
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -45,7 +45,7 @@ def part_of(layers: range) -> CausalDiT:
     return part.eval()
 
 
-def run(plan: Plan, *, graphs: bool, reanchor: int | None) -> torch.Tensor:
+def run(plan: Plan, *, graphs: bool, reanchor: int | None, **formats: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     size = (GEOMETRY.latent_height, GEOMETRY.latent_width)
     text, reference, motion = (
@@ -54,7 +54,10 @@ def run(plan: Plan, *, graphs: bool, reanchor: int | None) -> torch.Tensor:
     features = torch.randn(BLOCKS, 1, CONFIG.audio_states, CONFIG.audio_dim, 12, generator=generator)
     sampling = SamplingConfig(seed=1, reanchor_block=reanchor)
     with torch.inference_mode():
-        stages = [Stage(spec, part_of(spec.layers), GEOMETRY, sampling, text, graphs=graphs) for spec in plan.stages]
+        stages = [
+            Stage(spec, part_of(spec.layers), GEOMETRY, sampling, text, graphs=graphs, **formats)
+            for spec in plan.stages
+        ]
         with ThreadedPipeline(plan, stages) as pipeline:
             latents = denoise(
                 pipeline,
@@ -74,3 +77,13 @@ def test_graphs_change_no_bit(reanchor):
     for plan in (single(4, CONFIG.layers, ["cuda:0"]), layer_ring(4, CONFIG.layers, ["cuda:0"] * 2)):
         assert torch.equal(run(plan, graphs=True, reanchor=reanchor), want), plan.name
     assert torch.equal(run(tpp(4, CONFIG.layers, ["cuda:0"] * 2), graphs=True, reanchor=reanchor), want)
+
+
+@pytest.mark.parametrize(("attention", "kv_cache"), [("int8", "full"), ("exact", "fp8"), ("int8", "fp8")])
+def test_graphs_change_no_bit_in_eight_bits(attention, kv_cache):
+    formats = {"attention": attention, "kv_cache": kv_cache}
+    plan = single(4, CONFIG.layers, ["cuda:0"])
+    want = run(plan, graphs=False, reanchor=4, **formats)
+    assert torch.isfinite(want).all() and want.std() > 0.1
+    assert torch.equal(run(plan, graphs=True, reanchor=4, **formats), want)
+    assert not torch.equal(run(plan, graphs=True, reanchor=4), want)
