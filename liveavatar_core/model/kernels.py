@@ -136,8 +136,8 @@ def _dequantise_heads(x, scale, out, width, scale_row, scale_head, HEAD: tl.cons
     tl.store(out + row * width + column, h.to(out.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel, grid: tuple[int, ...], like: Tensor, *args, warps: int, **flags) -> None:
-    # Triton launches on the current device, wherever its tensors are.
+def launch(kernel, grid: tuple[int, ...], like: Tensor, *args, warps: int, **flags) -> None:
+    """On the device of `like`: Triton launches on the current one, wherever its tensors are."""
     with nullcontext() if like.device.index == torch.cuda.current_device() else torch.cuda.device_of(like):
         kernel[grid](*args, **flags, num_warps=warps)
 
@@ -165,7 +165,7 @@ def norm(
     block, warps = _row(width)
     stride = weight.stride(0) if groups > 1 else 0
     bias_stride = bias.stride(0) if groups > 1 else 0
-    _launch(
+    launch(
         _norm, (count,), x, x, None if y is None else y.contiguous(), gate, weight, bias, total, out,
         row_scale, width, count // groups, stride, bias_stride, eps, warps=warps, ADD=y is not None,
         GATE=gate is not None, ROUND_SUM=round_sum, ROUND_NORM=round_norm, ROWS=rows, ROUNDED=_TRITON[dtype],
@@ -178,7 +178,7 @@ def gated(x: Tensor, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
     x, width = x.contiguous(), x.shape[-1]
     out = torch.empty_like(x, dtype=dtype)
     grid = (x.numel() // width, triton.cdiv(width, 1024))
-    _launch(_gated, grid, x, x, y.contiguous(), gate, out, width, warps=4, BLOCK=1024)
+    launch(_gated, grid, x, x, y.contiguous(), gate, out, width, warps=4, BLOCK=1024)
     return out
 
 
@@ -186,7 +186,7 @@ def heads(x: Tensor, weight: Tensor | None, factors: Tensor | None, out: Tensor,
     """RMS norm over whole rows and rotation of each head's pairs, either or both, into `out` (contiguous rows)."""
     width = out.numel() // (out.shape[0] * out.shape[1])
     block, warps = _row(width)
-    _launch(
+    launch(
         _heads, (out.shape[0] * out.shape[1],), x, x.contiguous(), weight, factors, out, width, head_dim, eps,
         warps=warps, NORM=weight is not None, ROTATE=factors is not None, BLOCK=block,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def quantise(x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     row_scale = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     block, warps = _row(width)
-    _launch(_quantise, (x.numel() // width,), x, x, out, row_scale, width, warps=warps, GELU=gelu, BLOCK=block)
+    launch(_quantise, (x.numel() // width,), x, x, out, row_scale, width, warps=warps, GELU=gelu, BLOCK=block)
     return out, row_scale
 
 
@@ -210,7 +210,7 @@ def quantise_heads(
     """As `heads`, then quantised into `out` (contiguous rows) and `scale`; int8 heads turned before by `turn`."""
     count, width, head_dim = out.shape[1], out.shape[2] * out.shape[3], out.shape[3]
     block = max(16 * head_dim, triton.next_power_of_2(width))
-    _launch(
+    launch(
         _quantise_heads, (count,), x, x.contiguous(), weight, factors, turn, out, scale, width, *scale.stride()[1:],
         unit, eps, warps=8, NORM=weight is not None, ROTATE=factors is not None, TURN=turn is not None,
         LARGEST=448.0 if turn is None else 127.0, HEADS=block // head_dim, HEAD=head_dim,
@@ -222,7 +222,7 @@ def dequantise_heads(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty_like(x, dtype=dtype)
     width = out.shape[2] * out.shape[3]
     block, warps = _row(width)
-    _launch(
+    launch(
         _dequantise_heads, (x.shape[1],), x, x, scale, out, width, *scale.stride()[1:], warps=warps,
         HEAD=x.shape[3], BLOCK=block,
     )  # fmt: skip
