@@ -5,6 +5,8 @@ import torch
 from diffusers import AutoencoderKLWan
 from safetensors.torch import save_file
 
+from liveavatar_core.encoders import vae as vae_module
+from liveavatar_core.encoders.decoder import decode
 from liveavatar_core.encoders.vae import StreamDecoder, WanVAE, load_vae, read_vae
 from liveavatar_core.errors import WeightsError
 
@@ -48,7 +50,8 @@ def test_stream_equals_whole(state, latents, split):
 def test_stream_equals_diffusers(vae, latents):
     plain = latents * vae.latent_std + vae.latent_mean
     theirs = vae.model.decode(plain[None]).sample[0]
-    torch.testing.assert_close(vae.decode(latents), theirs, rtol=0, atol=1e-5)
+    # One latent at a time against three, and another layout of the weights: sums in another order.
+    torch.testing.assert_close(vae.decode(latents), theirs, rtol=0, atol=2e-5)
     assert torch.equal(vae.decode(latents[:, :7]), vae.decode(latents)[:, :25])
 
 
@@ -64,10 +67,8 @@ def test_prime_is_decode_without_pixels(vae, latents):
 
 @torch.inference_mode()
 def test_later_calls_run_the_decoder_once(vae, latents, monkeypatch):
-    calls, forward = [], vae.model.decoder.forward
-    monkeypatch.setattr(
-        vae.model.decoder, "forward", lambda x, **rest: (calls.append(x.shape[2]), forward(x, **rest))[1]
-    )
+    calls = []
+    monkeypatch.setattr(vae_module, "decode", lambda model, z, past: (calls.append(len(z)), decode(model, z, past))[1])
     stream = StreamDecoder(vae)
     stream.decode(latents[:, :3])
     stream.decode(latents[:, 3:6])
@@ -101,8 +102,8 @@ def test_an_error_resets_the_stream(vae, latents, monkeypatch):
     stream = StreamDecoder(vae)
     first = stream.decode(latents[:, :3])
     with monkeypatch.context() as patch:
-        patch.setattr(vae.model.decoder.conv_out, "forward", lambda *_: (_ for _ in ()).throw(MemoryError))
-        with pytest.raises(MemoryError):
+        patch.setitem(vae.model.decoder.conv_out._parameters, "weight", torch.zeros(3, 1, 3, 3, 3))
+        with pytest.raises(RuntimeError):  # after all convolutions but the last have moved on
             stream.decode(latents[:, 3:6])
     assert torch.equal(stream.decode(latents[:, :3]), first)
 

@@ -1,11 +1,14 @@
 """The Wan 2.1 VAE in normalised latent space: encode, whole decode, and a decoder that streams.
 
-Owns the causal convolutions' feature caches, outside diffusers' model, so that any number of streams share one set
-of weights. Does not know blocks of the DiT, clips, or where pixels go.
+Encoding and whole decoding are diffusers'; a stream walks the same modules in its own way (`decoder`). What a sequence
+remembers lies outside the model, so that any number of streams share one set of weights. Does not know blocks of the
+DiT, clips, or where pixels go.
 """
 
 import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import safetensors
@@ -13,8 +16,9 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from liveavatar_core.encoders.decoder import Past, decode
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.geometry import FRAMES_PER_LATENT, LATENTS_PER_BLOCK
 
@@ -27,6 +31,7 @@ class WanVAE:
 
     def __init__(self, model: AutoencoderKLWan) -> None:
         self.model = model.eval().requires_grad_(False)
+        _channels_last(model.decoder)
         shape = (-1, 1, 1, 1)
         self.latent_mean = torch.tensor(model.config.latents_mean, device=self.device).reshape(shape)
         self.latent_std = torch.tensor(model.config.latents_std, device=self.device).reshape(shape)
@@ -62,31 +67,25 @@ class WanVAE:
     def decode(self, latents: Tensor, *, clamp: bool = True) -> Tensor:
         """(16, t, h, w), a sequence from its beginning -> (3, 4t - 3, H, W) float32, in [-1, 1] if `clamp`."""
         caches = _empty_caches(self.model.decoder)
-        frames = torch.cat([part.float() for part in self._decode(latents, caches)], 1)
+        # The first latent gives one frame and must be alone; groups of a block bound the memory.
+        parts = self.denormalise(latents).tensor_split([*range(1, latents.shape[1], LATENTS_PER_BLOCK)], 2)
+        frames = torch.cat([self.model.decoder(part, feat_cache=caches, feat_idx=[0])[0].float() for part in parts], 1)
         return frames.clamp_(-1, 1) if clamp else frames
 
-    def _decode(self, latents: Tensor, caches: list) -> Iterator[Tensor]:
-        """Yield (3, n, H, W) parts; `caches` holds, and is left with, all the decoder knows of the past.
-
-        A sequence's first latent gives one frame and must be alone; afterwards any grouping gives the same frames.
-        Groups of a block bound the memory of a long call.
-        """
+    def denormalise(self, latents: Tensor) -> Tensor:
+        """(16, t, h, w) -> (1, 16, t, h, w) as the decoder takes them, on the VAE's device."""
         channels = len(self.latent_mean)
         if latents.dim() != 4 or latents.shape[0] != channels or latents.shape[1] < 1:
             raise ValueError(f"latents are {tuple(latents.shape)}; ({channels}, 1 or more, h, w) is needed")
         latents = latents.to(self.device, torch.float32) * self.latent_std + self.latent_mean
-        hidden = self.model.post_quant_conv(latents.to(self.dtype)[None])
-        start = 0
-        while start < hidden.shape[2]:
-            end = start + (1 if caches[0] is None else LATENTS_PER_BLOCK)
-            yield self.model.decoder(hidden[:, :, start:end], feat_cache=caches, feat_idx=[0])[0]
-            start = end
+        return self.model.post_quant_conv(latents.to(self.dtype)[None])
 
 
 class StreamDecoder:
     """One video being decoded piece by piece; equal to decoding it whole, however it is cut.
 
-    Memory is the caches of its own: two feature frames per convolution, 1.3 GB in bfloat16 at 704x384.
+    On a GPU it works on a stream of its own, beside whatever else the device is doing. Memory is two feature frames per
+    convolution: 1.3 GB in bfloat16 at 704x384.
     """
 
     def __init__(self, vae: WanVAE) -> None:
@@ -95,37 +94,75 @@ class StreamDecoder:
 
     def reset(self) -> None:
         """Forget the past and free its memory; the next latent starts a new sequence."""
-        self._caches = _empty_caches(self.vae.model.decoder)
+        self._past: Past = {}
 
     def prime(self, motion: Tensor) -> None:
-        """Feed (16, n, h, w) past latents whose pixels nobody needs."""
-        for _ in self._parts(motion):
-            pass
+        """Feed (16, n, h, w) past latents whose pixels nobody needs. Does not wait for the device."""
+        with self._aside(motion):
+            for _ in self._parts(motion):
+                pass
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(16, F, h, w), the next latents -> (n, H, W, 3) uint8 on the VAE's device.
+        """(16, F, h, w), the next latents -> (n, H, W, 3) uint8 in host memory.
 
         n is 4 F, or 4 F - 3 where the sequence begins. An error while decoding resets the stream.
         """
-        return torch.cat([_to_bytes(part) for part in self._parts(latents)])
+        with self._aside(latents) as stream:
+            frames = torch.cat([_to_bytes(part) for part in self._parts(latents)])
+            frames = frames.to("cpu", non_blocking=True)  # into pinned memory
+        if stream is not None:
+            stream.synchronize()
+        return frames
+
+    @contextmanager
+    def _aside(self, given: Tensor) -> Iterator[torch.cuda.Stream | None]:
+        """What is queued inside runs on the decoder's stream, after what the caller has queued so far."""
+        device = self.vae.device
+        stream = _stream(device) if device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        # Always in this mode: what was made in it cannot be written to outside.
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            yield stream
+        if given.is_cuda:
+            given.record_stream(stream)
 
     def _parts(self, latents: Tensor) -> Iterator[Tensor]:
+        """(n, H, W, 3) of groups as long as a block, which bound the memory of a long call."""
+        hidden = self.vae.denormalise(latents)[0].permute(1, 2, 3, 0).contiguous()
         try:
-            yield from self.vae._decode(latents, self._caches)
+            while len(hidden):
+                count = LATENTS_PER_BLOCK if self._past else 1  # a sequence's first latent is one frame, not four
+                yield decode(self.vae.model.decoder, hidden[:count], self._past)
+                hidden = hidden[count:]
         except BaseException:
             # Some convolutions have moved on and some have not: no later frame could be right.
             self.reset()
             raise
 
 
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One per device for the life of the process. It goes first: somebody waits for its frames, and it needs little."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def _to_bytes(frames: Tensor) -> Tensor:
-    """(3, n, H, W) in [-1, 1] -> (n, H, W, 3) uint8, rounded to the nearest."""
-    return frames.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+    """Values in [-1, 1] -> uint8, rounded to the nearest."""
+    return frames.float().clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
 
 
-def _empty_caches(coder: torch.nn.Module) -> list:
+def _channels_last(model: nn.Module) -> None:
+    """The layout that convolutions are fastest in; the values stay."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+            module.weight.data = module.weight.data.contiguous(memory_format=layout)
+
+
+def _empty_caches(coder: nn.Module) -> list:
     """One slot for every 3d convolution, as diffusers counts them; it fills them in order of execution."""
-    return [None] * sum(isinstance(module, torch.nn.Conv3d) for module in coder.modules())
+    return [None] * sum(isinstance(module, nn.Conv3d) for module in coder.modules())
 
 
 def load_vae(state: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device | str) -> WanVAE:
