@@ -28,9 +28,11 @@ from liveavatar_core.encoders.vae import StreamDecoder, WanVAE
 from liveavatar_core.errors import LiveAvatarError
 from liveavatar_core.geometry import FRAMES_DROPPED, FRAMES_PER_BLOCK, WINDOW_BLOCKS, Geometry
 from liveavatar_core.pipeline.monitor import Monitor, Span
+from liveavatar_core.pipeline.plan import PREFILL, Plan
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import frame_chunks
 from liveavatar_core.pipeline.timeline import Timeline
+from liveavatar_core.pipeline.timetable import ideal
 from liveavatar_core.runtime.runtime import Runtime
 from liveavatar_core.types import BlockRequest, Conditioning
 
@@ -38,7 +40,7 @@ RANDOM = ModelSpec(Path("random weights"))
 SETTLED = 2 * WINDOW_BLOCKS + 1  # blocks until the window is full and every slot of it has its graph
 WARM_BLOCKS = 2  # of a stream before each that is measured
 VAE = -1  # stands where a stage would, in the time line
-KILLED_AT = 6, 1  # block, step
+KILLED_AT = 6  # block
 GIB = 1024**3
 
 
@@ -57,7 +59,7 @@ class Setting:
 
 
 class Failing:
-    """A stage that fails once at a given block and step."""
+    """A stage that fails at its first hop of a given block."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -66,7 +68,7 @@ class Failing:
         return getattr(self._stage, name)
 
     def run(self, payload):
-        if (payload.block, payload.step) == KILLED_AT:
+        if payload.block == KILLED_AT:
             raise RuntimeError("killed on purpose")
         return self._stage.run(payload)
 
@@ -103,9 +105,12 @@ def stream(runtime: Runtime, plan, setting: Setting, blocks: int) -> Run:
         monitor=run.monitor,
     )
 
+    pulled = []
+
     def kept():
         for block, latent in latents:
             run.latents.append(latent.cpu())
+            pulled.append(time.perf_counter())
             yield block, latent
 
     frames = blocks * FRAMES_PER_BLOCK - FRAMES_DROPPED
@@ -113,7 +118,7 @@ def stream(runtime: Runtime, plan, setting: Setting, blocks: int) -> Run:
         for chunk in frame_chunks(kept(), StreamDecoder(setting.vae), setting.conditioning.motion, frames):
             chunk.frames.cpu()
             run.times.append(time.perf_counter())
-            run.monitor.add(Span(VAE, "compute", chunk.block, 0, run.monitor.blocks[-1][1], run.times[-1]))
+            run.monitor.add(Span(VAE, "compute", chunk.block, 0, pulled[-1], run.times[-1]))
     return run
 
 
@@ -121,24 +126,27 @@ def cards() -> list[torch.device]:
     return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
 
 
-def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int) -> tuple[dict, Run]:
+def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int) -> tuple[dict, Plan, Run]:
     for card in cards():
         torch.cuda.reset_peak_memory_stats(card)
     started = time.perf_counter()
     plan = runtime.ensure(RANDOM, setting.config, spec, setting.sampling.evaluations, geometry=setting.geometry)
     load_s = time.perf_counter() - started
+    if str(setting.vae.device) != plan.decoder:
+        setting.vae.to(plan.decoder)
     stream(runtime, plan, setting, WARM_BLOCKS)
     run = stream(runtime, plan, setting, blocks)
     begin, end = run.times[SETTLED - 1], run.times[-1]
     spans = run.monitor.spans
-    hops = [span for span in spans if span.kind == "compute" and span.stage != VAE and begin <= span.end <= end]
-    copies = [1000 * span.seconds for span in spans if span.kind == "copy" and begin <= span.end <= end]
+    hops = [s for s in spans if s.kind == "compute" and s.stage != VAE and s.block >= WINDOW_BLOCKS]
+    copies = [1000 * span.seconds for span in spans if span.kind == "copy" and span.block >= WINDOW_BLOCKS]
     steady = (end - begin) / (blocks - SETTLED)
     busy: dict[str, float] = {}
     for span in hops:
         device = plan.stages[span.stage].device
-        busy[device] = busy.get(device, 0.0) + min(span.end, end) - max(span.begin, begin)
-    return {
+        busy[device] = busy.get(device, 0.0) + max(0.0, min(span.end, end) - max(span.begin, begin))
+    figures = {
+        "vae": plan.decoder,
         "stages": [
             f"{s.device} steps {s.steps.start}-{s.steps.stop - 1} layers {s.layers.start}-{s.layers.stop - 1}"
             for s in plan.stages
@@ -156,14 +164,32 @@ def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int
         "peak_gib": {str(card): round(torch.cuda.max_memory_allocated(card) / GIB, 2) for card in cards()},
         "blocks": blocks,
         "load_s": round(load_s, 1),
-    }, run
+        "why": runtime.choice(RANDOM, setting.config, spec, plan.steps, setting.geometry).why,
+    }
+    return figures, plan, run
 
 
-def keep(run: Run, title: str, stages: int, path: Path) -> None:
-    """The time line as a picture; without Pillow as numbers, which `liveavatar_core.pipeline.timeline` can draw."""
-    names = (*(f"stage {i}" for i in range(stages)), "VAE")
-    spans = (replace(span, stage=stages) if span.stage == VAE else span for span in run.monitor.spans)
-    timeline = Timeline(title, names, tuple(spans))
+def keep(run: Run, title: str, plan: Plan, path: Path) -> None:
+    """The time line beside the ideal one of hops that take as long as these did, as a picture; and as numbers, which
+    `liveavatar_core.pipeline.timeline` can draw where Pillow is missing here."""
+    count = len(plan.stages)
+    names = (*(f"stage {i}" for i in range(count)), "VAE")
+    spans = [replace(span, stage=count) if span.stage == VAE else span for span in run.monitor.spans]
+
+    def median(stage: int, kind: str, *, sink: bool = False) -> float:
+        found = [s.seconds for s in spans if s.stage == stage and s.kind == kind and (s.step == PREFILL) == sink]
+        return statistics.median(found or [0.0])
+
+    perfect = ideal(
+        plan,
+        lambda stage, step: median(stage.index, "compute", sink=step == PREFILL),
+        len(run.times),
+        depth=count + 2,
+        copy=median(0, "copy"),
+        decode=median(count, "compute"),
+        reanchor=4,
+    )
+    timeline = Timeline(title, names, tuple(spans), tuple(perfect))
     path.parent.mkdir(parents=True, exist_ok=True)
     timeline.write(path.with_suffix(".json"))
     with suppress(ImportError):
@@ -192,7 +218,7 @@ def kill(runtime: Breakable, spec: RuntimeSpec, setting: Setting, want: list[Ten
     runtime.broken = len(plan.stages) - 1
     try:
         before = time.perf_counter()
-        stream(runtime, plan, setting, KILLED_AT[0] + 4)
+        stream(runtime, plan, setting, KILLED_AT + 4)
         message = "no error came"
     except LiveAvatarError as error:
         message = str(error)
@@ -232,15 +258,14 @@ def main() -> None:
         "torch": torch.__version__,
         "size": f"{width}x{height}",
         "steps": setting.sampling.steps,
-        "vae": devices[-1],
     }
     wants: dict[str, list[Tensor]] = {}
     rates: dict[str, float] = {}
-    last = None
+    last = ()
     for name, spec in specs(options, devices):
         line = {"plan": name, "precision": spec.precision, "vram_cap_gib": spec.vram, **about}
         try:
-            figures, run = measure(runtime, spec, setting, options.blocks)
+            figures, plan, run = measure(runtime, spec, setting, options.blocks)
         except (LiveAvatarError, torch.OutOfMemoryError) as error:
             print(json.dumps(line | {"error": str(error)}), flush=True)
             continue
@@ -254,10 +279,11 @@ def main() -> None:
         }
         print(json.dumps(line | figures), flush=True)
         path = options.out / f"{name.replace(' ', '_').replace('(', '').replace(')', '')}.png"
-        keep(run, f"{name}, {figures['fps']} FPS", len(figures["stages"]), path)
-        last = spec
-    if last is not None:
-        print(json.dumps({"plan": last.plan, **kill(runtime, last, setting, wants[last.precision])}), flush=True)
+        keep(run, f"{name}, {figures['fps']} FPS", plan, path)
+        last = name, spec
+    if last:
+        name, spec = last
+        print(json.dumps({"plan": name, **kill(runtime, spec, setting, wants[spec.precision])}), flush=True)
     for card in cards():
         torch.cuda.synchronize(card)
     runtime.unload()

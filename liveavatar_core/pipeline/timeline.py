@@ -6,7 +6,7 @@ python -m liveavatar_core.pipeline.timeline run.json [picture.png]      draws wh
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,40 +17,44 @@ if TYPE_CHECKING:
     from PIL import Image
 
 WIDTH, ROW, GAP, MARGIN, LABEL, TICKS = 1600, 34, 10, 24, 90, 10
+SHOWN = 8  # blocks in the parts that are drawn larger
 STEPS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#ff9da6", "#9d755d")
 SINK, COPY, PAPER, EMPTY, INK = "#555555", "#c8a200", "#ffffff", "#eeeeee", "#222222"
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What happened in one run. `names[i]` is the row of the spans whose stage is i."""
+    """What happened in one run, and what should have. `names[i]` is the row of the spans whose stage is i."""
 
     title: str
     names: tuple[str, ...]
     spans: tuple[Span, ...]
+    ideal: tuple[Span, ...] = ()  # the same blocks, on a clock of their own
 
     def write(self, path: Path) -> None:
-        content = {"title": self.title, "names": self.names, "spans": [astuple(span) for span in self.spans]}
-        path.write_text(json.dumps(content), encoding="utf-8")
+        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> "Timeline":
         content = json.loads(path.read_text(encoding="utf-8"))
-        return cls(content["title"], tuple(content["names"]), tuple(Span(*span) for span in content["spans"]))
+        spans, ideal = (tuple(Span(**span) for span in content[name]) for name in ("spans", "ideal"))
+        return cls(content["title"], tuple(content["names"]), spans, ideal)
 
     def picture(self) -> "Image.Image":
-        """Three parts one below the other: all of it, its first blocks, and as much of its end."""
-        begin, end = min(span.begin for span in self.spans), max(span.end for span in self.spans)
-        close = min(end - begin, 6 * (end - begin) / (1 + max(span.block for span in self.spans)))
-        return stacked(
-            [
-                self.part(f"{self.title}: all of it", begin, end),
-                self.part(f"{self.title}: the start", begin, begin + close),
-                self.part(f"{self.title}: the end", end - close, end),
-            ]
-        )
+        """All of it; then its beginning and its end, each with the ideal below."""
+        begin, end = _bounds(self.spans)
+        close = min(end - begin, SHOWN * (end - begin) / (1 + max(span.block for span in self.spans)))
+        lines = {"": self.spans} | ({", ideal": self.ideal} if self.ideal else {})
+        parts = [self._part(f"{self.title}, all of it", self.spans, begin, end)]
+        for name, spans in lines.items():
+            first = _bounds(spans)[0]
+            parts.append(self._part(f"{self.title}, the beginning{name}", spans, first, first + close))
+        for name, spans in lines.items():
+            last = _bounds(spans)[1]
+            parts.append(self._part(f"{self.title}, the end{name}", spans, last - close, last))
+        return _stacked(parts)
 
-    def part(self, title: str, begin: float, end: float) -> "Image.Image":
+    def _part(self, title: str, spans: Sequence[Span], begin: float, end: float) -> "Image.Image":
         """What lies between `begin` and `end`, in seconds."""
         from PIL import Image, ImageDraw  # comes with ComfyUI; the engine itself does without
 
@@ -67,7 +71,7 @@ class Timeline:
             top = MARGIN + i * (ROW + GAP)
             canvas.text((6, top + ROW // 3), name, fill=INK)
             canvas.rectangle((LABEL, top, WIDTH - MARGIN, top + ROW), fill=EMPTY)
-        for span in self.spans:
+        for span in spans:
             left, right = x(span.begin), x(span.end)
             top = MARGIN + span.stage * (ROW + GAP)
             if span.end < begin or span.begin > end:
@@ -82,11 +86,15 @@ class Timeline:
                 canvas.text((left + 3, top + ROW // 3), text, fill=PAPER)
         for tick in range(TICKS + 1):
             when = begin + tick * (end - begin) / TICKS
-            canvas.text((x(when) - 10, bottom), f"{when - self.spans[0].begin:.2f} s", fill=INK)
+            canvas.text((x(when) - 10, bottom), f"{when - _bounds(spans)[0]:.2f} s", fill=INK)
         return picture
 
 
-def stacked(parts: Sequence["Image.Image"]) -> "Image.Image":
+def _bounds(spans: Sequence[Span]) -> tuple[float, float]:
+    return min(span.begin for span in spans), max(span.end for span in spans)
+
+
+def _stacked(parts: Sequence["Image.Image"]) -> "Image.Image":
     from PIL import Image
 
     whole = Image.new("RGB", (WIDTH, sum(part.height for part in parts)), PAPER)
