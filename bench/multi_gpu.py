@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,19 +27,17 @@ from liveavatar_core.encoders.portrait import portrait_latents
 from liveavatar_core.encoders.vae import StreamDecoder, WanVAE
 from liveavatar_core.errors import LiveAvatarError
 from liveavatar_core.geometry import FRAMES_DROPPED, FRAMES_PER_BLOCK, WINDOW_BLOCKS, Geometry
-from liveavatar_core.pipeline.monitor import Monitor, Span
-from liveavatar_core.pipeline.plan import PREFILL, Plan
+from liveavatar_core.pipeline.monitor import DECODER, Monitor
+from liveavatar_core.pipeline.plan import Plan
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import frame_chunks
 from liveavatar_core.pipeline.timeline import Timeline
-from liveavatar_core.pipeline.timetable import ideal
 from liveavatar_core.runtime.runtime import Runtime
 from liveavatar_core.types import BlockRequest, Conditioning
 
 RANDOM = ModelSpec(Path("random weights"))
 SETTLED = 2 * WINDOW_BLOCKS + 1  # blocks until the window is full and every slot of it has its graph
 WARM_BLOCKS = 2  # of a stream before each that is measured
-VAE = -1  # stands where a stage would, in the time line
 KILLED_AT = 6  # block
 GIB = 1024**3
 
@@ -118,7 +116,7 @@ def stream(runtime: Runtime, plan, setting: Setting, blocks: int) -> Run:
         for chunk in frame_chunks(kept(), StreamDecoder(setting.vae), setting.conditioning.motion, frames):
             chunk.frames.cpu()
             run.times.append(time.perf_counter())
-            run.monitor.add(Span(VAE, "compute", chunk.block, 0, pulled[-1], run.times[-1]))
+            run.monitor.decoded(chunk.block, pulled[-1], run.times[-1])
     return run
 
 
@@ -138,7 +136,7 @@ def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int
     run = stream(runtime, plan, setting, blocks)
     begin, end = run.times[SETTLED - 1], run.times[-1]
     spans = run.monitor.spans
-    hops = [s for s in spans if s.kind == "compute" and s.stage != VAE and s.block >= WINDOW_BLOCKS]
+    hops = [s for s in spans if s.kind == "compute" and s.stage != DECODER and s.block >= WINDOW_BLOCKS]
     copies = [1000 * span.seconds for span in spans if span.kind == "copy" and span.block >= WINDOW_BLOCKS]
     steady = (end - begin) / (blocks - SETTLED)
     busy: dict[str, float] = {}
@@ -162,6 +160,7 @@ def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int
         "hop_ms": round(statistics.median(copies), 3) if copies else None,
         "utilisation": {device: round(seconds / (end - begin), 4) for device, seconds in busy.items()},
         "peak_gib": {str(card): round(torch.cuda.max_memory_allocated(card) / GIB, 2) for card in cards()},
+        "late_blocks": len(run.monitor.late),
         "blocks": blocks,
         "load_s": round(load_s, 1),
         "why": runtime.choice(RANDOM, setting.config, spec, plan.steps, setting.geometry).why,
@@ -170,26 +169,9 @@ def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int
 
 
 def keep(run: Run, title: str, plan: Plan, path: Path) -> None:
-    """The time line beside the ideal one of hops that take as long as these did, as a picture; and as numbers, which
-    `liveavatar_core.pipeline.timeline` can draw where Pillow is missing here."""
-    count = len(plan.stages)
-    names = (*(f"stage {i}" for i in range(count)), "VAE")
-    spans = [replace(span, stage=count) if span.stage == VAE else span for span in run.monitor.spans]
-
-    def median(stage: int, kind: str, *, sink: bool = False) -> float:
-        found = [s.seconds for s in spans if s.stage == stage and s.kind == kind and (s.step == PREFILL) == sink]
-        return statistics.median(found or [0.0])
-
-    perfect = ideal(
-        plan,
-        lambda stage, step: median(stage.index, "compute", sink=step == PREFILL),
-        len(run.times),
-        depth=count + 2,
-        copy=median(0, "copy"),
-        decode=median(count, "compute"),
-        reanchor=4,
-    )
-    timeline = Timeline(title, names, tuple(spans), tuple(perfect))
+    """The time line as a picture; and as numbers, which `liveavatar_core.pipeline.timeline` can draw elsewhere if
+    Pillow is missing here."""
+    timeline = Timeline.of(run.monitor, plan, title, depth=len(plan.stages) + 2, reanchor=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     timeline.write(path.with_suffix(".json"))
     with suppress(ImportError):

@@ -10,7 +10,8 @@ from liveavatar_core.config import ModelConfig, SamplingConfig
 from liveavatar_core.errors import Cancelled, PlanError, StageError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.model.dit import CausalDiT
-from liveavatar_core.pipeline.plan import Plan, grid, layer_ring, single, tpp
+from liveavatar_core.pipeline.monitor import Monitor
+from liveavatar_core.pipeline.plan import PREFILL, Plan, grid, layer_ring, single, tpp
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
@@ -88,6 +89,7 @@ def run(
     *,
     depth: int = 1,
     seed: int | None = None,
+    monitor: Monitor | None = None,
     **formats: str,
 ) -> torch.Tensor:
     """All latents of one stream. With a seed, audio comes late and stages stall. `formats`: of attention and cache."""
@@ -106,7 +108,7 @@ def run(
         ]
         if seed is not None:
             stages = [Stalling(stage, seed + stage.spec.index) for stage in stages]
-        with ThreadedPipeline(plan, stages) as pipeline:
+        with ThreadedPipeline(plan, stages, monitor) as pipeline:
             latents = denoise(pipeline, conditioning, sampling, request, len(requests), depth=depth)
             return torch.stack([latent for _, latent in latents])
 
@@ -205,6 +207,18 @@ def test_a_failing_stage_names_itself_and_stops_the_others(model, inputs):
     sampling = SamplingConfig(seed=11)
     with pytest.raises(StageError, match=r"stage 0 failed at block 3, step 0"):
         run(model, (conditioning, broken), layer_ring(4, CONFIG.layers, ["cpu"] * 3), sampling, depth=3)
+
+
+def test_every_hop_leaves_a_span_and_every_block_its_time(model, inputs):
+    plan, monitor = layer_ring(4, CONFIG.layers, ["cpu"] * 2), Monitor()
+    run(model, inputs, plan, SamplingConfig(seed=11), depth=3, monitor=monitor)
+    hops = sorted((s.block, s.step, s.stage) for s in monitor.spans if s.kind == "compute")
+    sinks = [(PREFILL, PREFILL, stage) for stage in (0, 0, 1, 1)]
+    assert hops == sorted(sinks + [(n, step, stage) for n in range(BLOCKS) for stage, step in plan.route()])
+    assert [block for block, _ in monitor.blocks] == list(range(BLOCKS))
+    for stage in range(2):
+        spans = [s for s in monitor.spans if s.stage == stage and s.kind == "compute"]
+        assert all(a.end <= b.begin for a, b in zip(spans, spans[1:], strict=False))
 
 
 def test_cancel_stops_between_blocks(model, inputs):

@@ -3,11 +3,18 @@
 Writers never wait for readers longer than it takes to copy a list. Seconds are those of time.perf_counter.
 """
 
+import statistics
 import threading
+import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from liveavatar_core.geometry import DEFAULT_FPS, FRAMES_DROPPED, FRAMES_PER_BLOCK
 
 KEPT = 8192  # spans; some ten minutes of four stages
+DECODER = -1  # stands where a stage would, for the decoder's spans
+WINDOW = 10.0  # seconds that a snapshot looks back
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +34,48 @@ class Span:
         return self.end - self.begin
 
 
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """What only the pipeline can tell, at one moment."""
+
+    waiting: Sequence[int] = ()  # payloads before each stage
+    memory: Mapping[str, int] = field(default_factory=dict)  # device -> bytes in use
+
+
+@dataclass(frozen=True, slots=True)
+class StageState:
+    """Milliseconds are medians."""
+
+    stage: int
+    busy: float  # share of the time
+    hop_ms: float
+    wait_ms: float  # from the end of a hop to the next one's beginning
+    copy_ms: float
+    host_ms: float
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    blocks: int  # finished so far
+    late: int  # of them, after the time at which they should have been on screen
+    fps: float | None  # None while there are too few blocks to tell
+    stages: tuple[StageState, ...]
+    memory: Mapping[str, int]  # device -> bytes in use
+
+
 class Monitor:
-    def __init__(self) -> None:
+    def __init__(self, fps: float = DEFAULT_FPS) -> None:
+        """`fps`: of the video when it is played."""
+        self._fps = fps
         self._lock = threading.Lock()
         self._spans: deque[Span] = deque(maxlen=KEPT)
         self._finished: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._shown: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._gauges: Callable[[], Gauges] = Gauges
+
+    def watch(self, gauges: Callable[[], Gauges]) -> None:
+        self._gauges = gauges
 
     def add(self, span: Span) -> None:
         with self._lock:
@@ -42,6 +86,12 @@ class Monitor:
         with self._lock:
             self._finished.append((block, when))
 
+    def decoded(self, block: int, begin: float, end: float) -> None:
+        """A block's frames are there, at `end`."""
+        with self._lock:
+            self._spans.append(Span(DECODER, "compute", block, 0, begin, end))
+            self._shown.append((block, end))
+
     @property
     def spans(self) -> list[Span]:
         with self._lock:
@@ -49,6 +99,64 @@ class Monitor:
 
     @property
     def blocks(self) -> list[tuple[int, float]]:
-        """(block, when it was finished)"""
+        """(block, when its frames were there, or its latents if nobody decodes)"""
         with self._lock:
-            return list(self._finished)
+            return list(self._shown or self._finished)
+
+    @property
+    def late(self) -> list[int]:
+        """Blocks that came after their time, if the first was played as soon as it was there."""
+        blocks = self.blocks
+        if not blocks:
+            return []
+        first, begun = blocks[0]
+        return [block for block, when in blocks if when > begun + (_frame(block) - _frame(first)) / self._fps]
+
+    def snapshot(self) -> Snapshot:
+        gauges, spans, blocks = self._gauges(), self.spans, self.blocks
+        now = time.perf_counter()
+        since = now - WINDOW
+        recent = [when for _, when in blocks if when > since]
+        fps = FRAMES_PER_BLOCK * (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else None
+        begin = max(since, min((span.begin for span in spans), default=now))
+        count = max([len(gauges.waiting), *(span.stage + 1 for span in spans)])
+        recent_spans = [span for span in spans if span.end > begin]
+        return Snapshot(
+            blocks=len(blocks),
+            late=len(self.late),
+            fps=fps,
+            stages=tuple(
+                _state(
+                    stage,
+                    [span for span in recent_spans if span.stage == stage],
+                    begin,
+                    now,
+                    gauges.waiting[stage] if stage < len(gauges.waiting) else 0,
+                )
+                for stage in range(count)
+            ),
+            memory=gauges.memory,
+        )
+
+
+def _state(stage: int, spans: Sequence[Span], begin: float, now: float, waiting: int) -> StageState:
+    hops = [span for span in spans if span.kind == "compute"]
+    busy = sum(span.end - max(span.begin, begin) for span in hops)
+    return StageState(
+        stage,
+        busy / (now - begin) if now > begin else 0.0,
+        _median_ms(span.seconds for span in hops),
+        _median_ms(b.begin - a.end for a, b in zip(hops, hops[1:], strict=False)),
+        _median_ms(span.seconds for span in spans if span.kind == "copy"),
+        _median_ms(span.host for span in hops),
+        waiting,
+    )
+
+
+def _median_ms(seconds) -> float:
+    return round(1000 * statistics.median(list(seconds) or [0.0]), 3)
+
+
+def _frame(block: int) -> int:
+    """First frame of a block; the first block lacks some."""
+    return max(0, FRAMES_PER_BLOCK * block - FRAMES_DROPPED)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from liveavatar_core.errors import StageError
 from liveavatar_core.pipeline.links import Lane, Mark, carry, each, lanes
-from liveavatar_core.pipeline.monitor import Monitor
+from liveavatar_core.pipeline.monitor import Gauges, Monitor
 from liveavatar_core.pipeline.plan import PREFILL, Plan, StageSpec
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.worker import POLL, Waiting, Worker
@@ -59,11 +60,13 @@ class ThreadedPipeline:
         for worker, thread in zip(self._workers, self._threads, strict=True):
             worker.lane.follow_caller()  # the stages were made on its streams
             thread.start()
+        self.monitor.watch(self._gauges)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop at the next hop and wait for the threads."""
         self._close()
+        self.monitor.watch(Gauges)
         deadline = time.perf_counter() + PATIENCE_AT_THE_END
         for worker, thread in zip(self._workers, self._threads, strict=True):
             thread.join(max(0.0, deadline - time.perf_counter()))
@@ -71,6 +74,8 @@ class ThreadedPipeline:
                 log.warning("%s is still in the middle of a hop; its memory stays taken until that ends", thread.name)
             else:
                 worker.lane.release_to_caller()
+                with suppress(StageError):  # whatever it is, the stream is over
+                    worker.settle()
 
     def prefill(self, version: int, reference: Tensor, motion: Tensor) -> None:
         """Compute a version of the attention sink on every stage. Blocks that look at it wait for it by themselves."""
@@ -108,6 +113,12 @@ class ThreadedPipeline:
         worker = self._workers[stage]
         carried, _, arrived = carry(each(payload, Tensor.cpu), Mark(), self._driver, worker.lane)
         worker.put(Waiting(carried, None, arrived, time.perf_counter()))
+
+    def _gauges(self) -> Gauges:
+        cards = {lane.device for lane in (worker.lane for worker in self._workers) if lane.device.type == "cuda"}
+        with self._changed:
+            waiting = [len(worker.waiting) for worker in self._workers]
+        return Gauges(waiting, {str(card): torch.cuda.memory_allocated(card) for card in cards})
 
     def _has_room(self, spec: StageSpec, payload: Payload) -> bool:
         """Whether the stage that gets `payload`'s hidden states can hold them; latents are small and always fit."""

@@ -4,14 +4,16 @@ python -m liveavatar_core.pipeline.timeline run.json [picture.png]      draws wh
 """
 
 import json
+import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from liveavatar_core.pipeline.monitor import Span
-from liveavatar_core.pipeline.plan import PREFILL
+from liveavatar_core.pipeline.monitor import DECODER, Monitor, Span
+from liveavatar_core.pipeline.plan import PREFILL, Plan
+from liveavatar_core.pipeline.timetable import ideal
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,6 +32,27 @@ class Timeline:
     names: tuple[str, ...]
     spans: tuple[Span, ...]
     ideal: tuple[Span, ...] = ()  # the same blocks, on a clock of their own
+
+    @classmethod
+    def of(cls, monitor: Monitor, plan: Plan, title: str, *, depth: int, reanchor: int | None) -> "Timeline":
+        """Of a run, with the ideal one of hops and copies that take as long as these did. Arguments as for `ideal`."""
+        count = len(plan.stages)
+        spans = tuple(replace(span, stage=count) if span.stage == DECODER else span for span in monitor.spans)
+
+        def median(stage: int, kind: str, *, sink: bool = False) -> float:
+            found = [s.seconds for s in spans if s.stage == stage and s.kind == kind and (s.step == PREFILL) == sink]
+            return statistics.median(found or [0.0])
+
+        perfect = ideal(
+            plan,
+            lambda stage, step: median(stage.index, "compute", sink=step == PREFILL),
+            1 + max((span.block for span in spans), default=0),
+            depth=depth,
+            copy=median(0, "copy"),
+            decode=median(count, "compute"),
+            reanchor=reanchor,
+        )
+        return cls(title, (*(f"stage {i}" for i in range(count)), "VAE"), spans, tuple(perfect))
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
