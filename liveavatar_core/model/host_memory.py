@@ -6,6 +6,7 @@ Knows bytes and streams, not what they are for. Beside a CPU the same is plain m
 import mmap
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -89,6 +90,8 @@ def _locked(nbytes: int, device: torch.device) -> Tensor:
     with torch.cuda.device(device):
         error = torch.cuda.cudart().cudaHostRegister(piece.data_ptr(), nbytes, 0)
     if int(error):
+        with suppress(RuntimeError):  # the next call on the device would fail with the same error, once
+            torch.zeros(1, device=device)
         raise MemoryError(f"the driver locks no further {nbytes / GIB:.1f} GiB: {error}")
     return piece
 

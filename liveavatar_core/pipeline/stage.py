@@ -80,7 +80,7 @@ class Stage:
         self._hosted_sinks: HostedSinks | None = None
         self._rings: HostedRings | None = None
         if spec.offload:
-            host = host or HostMemory(self.device)
+            self._host = host = host or HostMemory(self.device)  # its memory lives as long as it does
             host.rewind()
             self._hosted_sinks = HostedSinks(
                 spec.layers, geometry, *shape, host=host, device=self.device, dtype=model.dtype
