@@ -155,9 +155,9 @@ def test_whoever_is_told_may_stop_it():
         speech=random_speech(DEMO_CONFIG, "cpu"),
     )
     square = dict.fromkeys(product_shapes(DEMO_CONFIG), 1.0)
-    with pytest.raises(Enough):
+    with pytest.raises(Enough) as stopped:
         measure(runtime, case, Ceilings(1.0, None, square, {}, {}, {"exact": 1.0}, 1.0), say)
-    assert not runtime.is_streaming
+    assert not runtime.is_streaming, f"although {stopped.type.__name__} and its frames live on"
     runtime.unload()
 
 
