@@ -103,12 +103,9 @@ def stream(runtime: Runtime, plan, setting: Setting, blocks: int) -> Run:
         monitor=run.monitor,
     )
 
-    pulled = []
-
     def kept():
         for block, latent in latents:
             run.latents.append(latent.cpu())
-            pulled.append(time.perf_counter())
             yield block, latent
 
     frames = blocks * FRAMES_PER_BLOCK - FRAMES_DROPPED
@@ -116,7 +113,7 @@ def stream(runtime: Runtime, plan, setting: Setting, blocks: int) -> Run:
         for chunk in frame_chunks(kept(), StreamDecoder(setting.vae), setting.conditioning.motion, frames):
             chunk.frames.cpu()
             run.times.append(time.perf_counter())
-            run.monitor.decoded(chunk.block, pulled[-1], run.times[-1])
+            run.monitor.decoded(chunk.block)
     return run
 
 
@@ -171,7 +168,7 @@ def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int
 def keep(run: Run, title: str, plan: Plan, path: Path) -> None:
     """The time line as a picture; and as numbers, which `liveavatar_core.pipeline.timeline` can draw elsewhere if
     Pillow is missing here."""
-    timeline = Timeline.of(run.monitor, plan, title, depth=len(plan.stages) + 2, reanchor=4)
+    timeline = Timeline.of(run.monitor, plan, title, depth=plan.depth, reanchor=4)
     path.parent.mkdir(parents=True, exist_ok=True)
     timeline.write(path.with_suffix(".json"))
     with suppress(ImportError):

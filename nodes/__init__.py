@@ -5,7 +5,7 @@ import os
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from . import bench, convert, decode, demo, inputs, loaders, memory, sampler, tools
+from . import bench, convert, decode, demo, inputs, loaders, memory, sampler, timeline, tools
 
 
 class LiveAvatarExtension(ComfyExtension):
@@ -24,6 +24,7 @@ class LiveAvatarExtension(ComfyExtension):
             decode.OnlineDecode,
             decode.OnlineDecodeFrames,
             memory.MemoryPlan,
+            timeline.TimeLine,
             bench.Benchmark,
             convert.ConvertAndSave,
             tools.Unload,

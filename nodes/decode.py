@@ -113,7 +113,7 @@ def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Ten
     from liveavatar_core.pipeline.stream import frame_chunks
 
     stream, speech = avatar.stream, avatar.speech
-    decoder = host.stream_decoder(vae, stream.request.runtime.devices[-1])
+    decoder = host.stream_decoder(vae, stream.request.runtime.decoder)
     bar = comfy.utils.ProgressBar(stream.blocks, node_id=node_id)
     loading = host.bytes_progress(lambda percent: host.say(node_id, f"loading the model: {percent} %"))
     latents = stream.latents(host.should_stop, loading)
@@ -121,6 +121,7 @@ def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Ten
         try:
             for chunk in frame_chunks(latents, decoder, stream.portrait[1], avatar.frames):
                 frames = chunk.frames.cpu()
+                stream.monitor.decoded(chunk.block)
                 last = chunk.first_frame + len(frames)
                 span = slice(*(sample_at(frame, speech.fps, speech.sample_rate) for frame in (chunk.first_frame, last)))
                 yield frames, _exactly(speech.waveform[:, span], span.stop - span.start)

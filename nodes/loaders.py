@@ -92,14 +92,16 @@ class RuntimeSettings(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="auto, or names separated by commas: cuda:0, cuda:1. A device may be named more than once.",
+                    tooltip="auto: ComfyUI's own. all: every GPU. Or names separated by commas: cuda:0, cuda:1; one "
+                    "may be named more than once.",
                 ),
                 io.Combo.Input(
                     "plan",
-                    options=["auto", "single", "tpp", "ring"],
+                    options=["auto", "single", "tpp", "ring", "2x2", "2x4", "4x2"],
                     default="auto",
                     tooltip="single: one device. tpp: a share of the denoising steps per device, each holds the whole "
-                    "model. ring: a share of the layers per device, least memory. All give the same pictures.",
+                    "model. ring: a share of the layers per device, least memory. 2x2: two rings that share the steps. "
+                    "auto: the fastest that fits. All give the same pictures.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -132,12 +134,21 @@ class RuntimeSettings(io.ComfyNode):
                     tooltip="GiB of each GPU that may be used. 0: all that is free. What does not fit is streamed from "
                     "main memory, same pictures.",
                 ),
+                io.String.Input(
+                    "vae_device",
+                    optional=True,
+                    default="auto",
+                    advanced=True,
+                    tooltip="Device that decodes. auto: the one where it disturbs least, or one of its own.",
+                ),
             ],
             outputs=[RuntimeSocket.Output("LIVEAVATAR_RUNTIME", display_name="runtime")],
         )
 
     @classmethod
-    def execute(cls, devices, plan, precision, attention="exact", kv_cache="full", vram=0.0) -> io.NodeOutput:
+    def execute(
+        cls, devices, plan, precision, attention="exact", kv_cache="full", vram=0.0, vae_device="auto"
+    ) -> io.NodeOutput:
         names = tuple(name.strip() for name in devices.split(",") if name.strip())
         return io.NodeOutput(
             runtime_spec(
@@ -147,13 +158,17 @@ class RuntimeSettings(io.ComfyNode):
                 attention=attention,
                 kv_cache=kv_cache,
                 vram=vram or None,
+                decoder=vae_device.strip(),
             )
         )
 
 
 def runtime_spec(devices: tuple[str, ...] = ("auto",), **settings) -> RuntimeSpec:
-    """With further settings of RuntimeSpec by name. The device `auto` is the one ComfyUI itself uses."""
+    """With further settings of RuntimeSpec by name. The device `auto` is the one ComfyUI itself uses, `all` are all."""
     import comfy.model_management
 
-    own = str(comfy.model_management.get_torch_device())
-    return RuntimeSpec(tuple(own if name == "auto" else name for name in devices), **settings)
+    meant = {
+        "auto": [str(comfy.model_management.get_torch_device())],
+        "all": [str(device) for device in comfy.model_management.get_all_torch_devices()],
+    }
+    return RuntimeSpec(tuple(device for name in devices for device in meant.get(name, [name])), **settings)

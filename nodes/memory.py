@@ -48,29 +48,32 @@ class MemoryPlan(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, size, steps, image=None, runtime=None) -> io.NodeOutput:
-        from liveavatar_core.pipeline.plan import choose
-        from liveavatar_core.runtime.memory import HOST, check, fit, plan_memory, room, table
+        from liveavatar_core.pipeline.plan import Machine
+        from liveavatar_core.runtime.choice import choose_plan
+        from liveavatar_core.runtime.memory import HOST, check, fit, room, table
+        from liveavatar_core.runtime.probe import measure
         from liveavatar_core.runtime.runtime import as_device, choose_precision, free_memory, inspect_model
 
         spec = runtime if runtime is not None else runtime_spec()
         for name in spec.devices:
             as_device(name)
         config = inspect_model(model)
-        memory = plan_memory(
-            config,
-            geometry_of(size, image),
-            choose(spec.plan, steps, config.layers, spec.devices),
-            choose_precision(model, spec.precision),
-            attention=spec.attention,
-            kv_cache=spec.kv_cache,
-            decoder=spec.devices[-1],
-        )
-        free = {name: nbytes for name in memory.devices if (nbytes := _free(name)) is not None}
+        free = {name: nbytes for name in spec.devices if (nbytes := _free(name)) is not None}
+        machine = measure(spec.devices) if all(name in free for name in spec.devices) else Machine()
         own = host.runtime().nbytes.get(HOST, 0)
         free |= {name: nbytes + own for name, nbytes in free_memory([HOST]).items()}
         free = room(free, spec.vram)
-        memory = fit(memory, free)
-        text = table(memory, free)
+        choice = choose_plan(
+            config,
+            geometry_of(size, image),
+            spec,
+            choose_precision(model, spec.precision),
+            steps,
+            free,
+            machine,
+        )
+        memory = fit(choice.memory, free)
+        text = f"{choice.why}\n{table(memory, free)}"
         try:
             check(memory, free)
         except PlanError as error:

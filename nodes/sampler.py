@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from liveavatar_core.config import MAX_STEPS, SamplingConfig
 from liveavatar_core.errors import InputError
-from liveavatar_core.geometry import FRAMES_DROPPED, PIXELS_PER_TOKEN, fit_size, frames_for
+from liveavatar_core.geometry import FRAMES_DROPPED, PIXELS_PER_TOKEN, Geometry, fit_size, frames_for
 
 from . import host
 from .loaders import runtime_spec, stamps
@@ -107,8 +107,9 @@ class ChunkedSampler(io.ComfyNode):
             reanchor_block=REFERENCE_SWITCH[reference_switch],
             skip_last_step=skip_last_step,
         )
-        spec = runtime if runtime is not None else runtime_spec()
         picture = fitted(image)
+        spec = runtime if runtime is not None else runtime_spec()
+        spec = host.placed(model, spec, sampling.evaluations, Geometry(*picture.shape[1:]))
         text = positive[0][0][0].detach().float().cpu()
         lead = TIMING[timing]
         mid_sequence = REFERENCE_LATENT[reference_latent]
@@ -140,7 +141,7 @@ class ChunkedSampler(io.ComfyNode):
                 fps=speech.fps,
                 lead_frames=lead,
             ),
-            vae=host.HostVAE(vae, spec.devices[-1]),
+            vae=host.HostVAE(vae, spec.decoder),
             frames=frames,
             mid_sequence=mid_sequence,
         )

@@ -22,7 +22,7 @@ def busy_ring(begin: float, blocks: int, hop: float = 0.1) -> Monitor:
                 monitor.add(Span(stage, "copy", block, step, now + hop, now + 1.1 * hop))
                 now += hop
         monitor.finished(block, now)
-        monitor.decoded(block, now, now + hop / 2)
+        monitor.add(Span(DECODER, "compute", block, 0, now, now + hop / 2))
     return monitor
 
 
@@ -42,6 +42,8 @@ def test_a_snapshot_says_how_stages_fare():
 
 def test_only_the_last_seconds_count():
     old = busy_ring(time.perf_counter() - 100, 10)
+    assert old.snapshot().fps == pytest.approx(12 / 0.4), "it is over, so its end counts"
+    old.watch(lambda: Gauges([0, 0]))
     seen = old.snapshot()
     assert seen.blocks == 10 and seen.fps is None and all(stage.busy == 0 for stage in seen.stages)
 
@@ -57,8 +59,18 @@ def test_blocks_that_come_after_their_time_are_late():
     for block, when in enumerate((0.0, 0.35, 0.83, 1.33, 1.81)):
         monitor.finished(block, 100 + when)
     assert monitor.late == [3, 4]
-    monitor.decoded(0, 100.0, 101.0)
-    assert monitor.late == [], "frames count, not latents, once somebody decodes"
+    monitor.decoded(0)
+    assert monitor.late == [] and [block for block, _ in monitor.blocks] == [0], "frames count, not latents"
+
+
+def test_the_decoder_works_on_a_block_once_it_has_it_and_is_done_with_others():
+    monitor = Monitor()
+    monitor.finished(0, time.perf_counter() - 2)
+    monitor.decoded(0)
+    monitor.finished(1, time.perf_counter() - 1)
+    monitor.decoded(1)
+    first, second = monitor.spans
+    assert first.seconds == pytest.approx(2, abs=0.5) and second.begin == first.end
 
 
 @pytest.fixture

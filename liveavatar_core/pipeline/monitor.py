@@ -86,11 +86,14 @@ class Monitor:
         with self._lock:
             self._finished.append((block, when))
 
-    def decoded(self, block: int, begin: float, end: float) -> None:
-        """A block's frames are there, at `end`."""
+    def decoded(self, block: int) -> None:
+        """A block's frames are there now. The decoder began when it had the block and was done with the one before."""
+        now = time.perf_counter()
         with self._lock:
-            self._spans.append(Span(DECODER, "compute", block, 0, begin, end))
-            self._shown.append((block, end))
+            free = self._shown[-1][1] if self._shown else 0.0
+            there = next((when for other, when in reversed(self._finished) if other == block), now)
+            self._spans.append(Span(DECODER, "compute", block, 0, min(now, max(free, there)), now))
+            self._shown.append((block, now))
 
     @property
     def spans(self) -> list[Span]:
@@ -113,8 +116,11 @@ class Monitor:
         return [block for block, when in blocks if when > begun + (_frame(block) - _frame(first)) / self._fps]
 
     def snapshot(self) -> Snapshot:
+        """Of the last seconds; of those before the end once nothing runs any more."""
         gauges, spans, blocks = self._gauges(), self.spans, self.blocks
         now = time.perf_counter()
+        if self._gauges is Gauges and spans:
+            now = max(span.end for span in spans)
         since = now - WINDOW
         recent = [when for _, when in blocks if when > since]
         fps = FRAMES_PER_BLOCK * (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else None

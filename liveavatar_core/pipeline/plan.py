@@ -60,6 +60,11 @@ class Plan:
     def steps(self) -> int:
         return self.rows[-1][0].steps.stop
 
+    @property
+    def depth(self) -> int:
+        """Blocks in flight that keep every stage busy: one more is on its way, another while frames are decoded."""
+        return len(self.stages) + 2
+
     def row_of(self, step: int) -> int:
         return next(i for i, row in enumerate(self.rows) if step in row[0].steps)
 

@@ -232,11 +232,9 @@ class Runtime:
         try:
             with torch.inference_mode():
                 stages = self.stages(plan, geometry, sampling, conditioning.text)
-            # Two blocks more than there are stages: one on its way, one while frames are being decoded.
-            depth = len(stages) + 2
             with ThreadedPipeline(plan, stages, monitor) as pipeline:
                 yield from denoise(
-                    pipeline, conditioning, sampling, request, blocks, depth=depth, should_stop=should_stop
+                    pipeline, conditioning, sampling, request, blocks, depth=plan.depth, should_stop=should_stop
                 )
         finally:
             self._streaming.release()

@@ -13,6 +13,8 @@ from liveavatar_core.encoders.portrait import portrait_latents
 from liveavatar_core.encoders.vae import WanVAE
 from liveavatar_core.errors import InputError
 from liveavatar_core.geometry import Geometry, blocks_for
+from liveavatar_core.pipeline.monitor import Monitor
+from liveavatar_core.pipeline.plan import Plan
 from liveavatar_core.pipeline.spool import Spool
 from liveavatar_core.runtime.runtime import Progress, Runtime, inspect_model
 from liveavatar_core.types import BlockRequest, Conditioning
@@ -39,6 +41,8 @@ class LatentStream:
     def __init__(self, runtime: Runtime, request: StreamRequest, spool: Spool) -> None:
         """Checks what can be checked without loading; raises WeightsError or InputError."""
         self.request, self.spool, self._runtime = request, spool, runtime
+        self.monitor: Monitor = Monitor()  # of the last run
+        self.plan: Plan | None = None  # of the last run; None before, and after a replay
         self.geometry = Geometry(*request.picture.shape[1:])
         self.blocks = blocks_for(request.frames)
         self.config = inspect_model(request.model)
@@ -62,15 +66,17 @@ class LatentStream:
     ) -> Iterator[tuple[int, Tensor]]:
         """(block, latent (16, 3, h, w)) in order. A stream that was cut short starts over; the seed makes it equal."""
         if self.spool.complete:
+            self.monitor, self.plan = Monitor(), None
             yield from self.spool.read()
             return
         request = self.request
         plan = self._runtime.ensure(
             request.model, self.config, request.runtime, request.sampling.evaluations, progress, geometry=self.geometry
         )
+        self.monitor, self.plan = Monitor(), plan
         conditioning = Conditioning(request.text, *self.portrait)
         latents = self._runtime.latents(
-            plan, self.geometry, request.sampling, conditioning, self._block, self.blocks, should_stop
+            plan, self.geometry, request.sampling, conditioning, self._block, self.blocks, should_stop, self.monitor
         )
         try:
             for block, latent in latents:
