@@ -1,0 +1,175 @@
+"""What every stage shares: a loop with a deadline, checkpoints small enough to carry, and a picture of the loss.
+
+A slice of training starts from the weights the last one left, with a fresh optimiser that warms up: an averaged model
+in bfloat16 is a tenth of a full checkpoint and loses a few steps.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+PART_BYTES = 15 << 20  # no file of a checkpoint is larger
+WARM_UP = 100  # steps
+AVERAGING = 0.999
+LARGEST_GRADIENT = 1.0
+SAVE_SECONDS = 150
+LOG_STEPS = 20
+
+Losses = Mapping[str, Tensor]  # "loss" is minimised; the others are written down beside it
+
+
+def minimise(
+    stage: str,
+    model: nn.Module,
+    losses: Callable[[int], Losses],
+    folder: Path,
+    *,
+    minutes: float,
+    steps: int,
+    rate: float,
+    decay: float = 0.01,
+) -> int:
+    """Train until `steps` in all or until the minutes are over; returns the step reached.
+
+    `folder` has the weights and the log of earlier slices, if any, and gets the new ones. The rate falls along a
+    cosine over all `steps`. The model ends with its averaged weights.
+    """
+    deadline = time.monotonic() + 60 * minutes
+    history = read_log(folder, stage)
+    step = start = history[-1]["step"] if history else 0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=parameters[0].is_cuda
+    )
+    average = [p.detach().clone() for p in parameters]
+    recent: list[dict[str, Tensor]] = []
+    saved = last = time.monotonic()
+    while step < steps and time.monotonic() < deadline:
+        optimizer.param_groups[0]["lr"] = rate * _warm(step - start) * _cosine(step / steps)
+        values = losses(step)
+        values["loss"].backward()
+        norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
+        if torch.isfinite(norm):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        share = 1 - min(AVERAGING, (step - start) / (step - start + 10))
+        torch._foreach_lerp_(average, parameters, share)
+        recent.append({name: value.detach() for name, value in values.items()} | {"gradient": norm.detach()})
+        if step % LOG_STEPS == 0 or step == steps:
+            now = time.monotonic()
+            history.append(_entry(step, (now - last) / len(recent), recent))
+            recent, last = [], now
+            log.info("%s %s", stage, " ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))
+            if now - saved > SAVE_SECONDS:
+                _save_average(stage, model, parameters, average, history, folder)
+                saved = now
+    if recent:
+        history.append(_entry(step, (time.monotonic() - last) / len(recent), recent))
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average, strict=True):
+            parameter.copy_(mean)
+    _save_average(stage, model, parameters, average, history, folder)
+    return step
+
+
+def _entry(step: int, seconds: float, recent: list[dict[str, Tensor]]) -> dict[str, float]:
+    means = {name: torch.stack([losses[name].float() for losses in recent]).mean().item() for name in recent[0]}
+    return {"step": step, "seconds": round(seconds, 4), **means}
+
+
+def _warm(steps: int) -> float:
+    return min(1.0, (steps + 1) / WARM_UP)
+
+
+def _cosine(share: float) -> float:
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def _save_average(
+    stage: str, model: nn.Module, parameters: list[Tensor], average: list[Tensor], history: list[dict], folder: Path
+) -> None:
+    means = {id(parameter): mean for parameter, mean in zip(parameters, average, strict=True)}
+    state = {name: means.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    save_weights(folder, stage, state)
+    folder.joinpath(f"{stage}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
+    draw_curve(history, folder / f"{stage}.png")
+
+
+def save_weights(folder: Path, stage: str, state: Mapping[str, Tensor]) -> None:
+    """bfloat16, in as many files as it takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        tensor = tensor.detach().to("cpu", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype).contiguous()
+        if size + tensor.nbytes > PART_BYTES and parts[-1]:
+            parts.append({})
+            size = 0
+        parts[-1][name] = tensor
+        size += tensor.nbytes
+    for old in folder.glob(f"{stage}.*.safetensors"):
+        old.unlink()
+    for number, part in enumerate(parts):
+        save_file(part, folder / f"{stage}.{number}.safetensors")
+
+
+def read_weights(folder: Path, stage: str) -> dict[str, Tensor] | None:
+    """float32; None where the stage has not begun."""
+    files = sorted(folder.glob(f"{stage}.*.safetensors"))
+    state = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {n: t.float() if t.is_floating_point() else t for n, t in state.items()} or None
+
+
+def read_log(folder: Path, stage: str) -> list[dict]:
+    path = folder / f"{stage}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+_COLOURS = ("#1f6fb4", "#d0662b", "#3b8f4d", "#8a4fa3", "#a33b4f", "#6b6b6b")
+
+
+def draw_curve(history: list[dict], path: Path, size: tuple[int, int] = (900, 480)) -> None:
+    """All that was written down over the steps, on a logarithmic scale."""
+    names = [name for name in history[-1] if name not in ("step", "seconds")] if history else []
+    values = [entry[name] for entry in history for name in names if entry.get(name, 0) > 0]
+    if not values:
+        return
+    width, height = size
+    left, right, top, bottom = 70, width - 20, 20, height - 40
+    low, high = math.log10(min(values)) - 0.05, math.log10(max(values)) + 0.05
+    final = max(1, history[-1]["step"])
+    picture = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(picture)
+
+    def place(step: int, value: float) -> tuple[float, float]:
+        share = (math.log10(value) - low) / (high - low)
+        return left + (right - left) * step / final, bottom - (bottom - top) * share
+
+    for power in range(math.floor(low), math.ceil(high) + 1):
+        for digit in (1, 2, 5):
+            value = digit * 10.0**power
+            if low <= math.log10(value) <= high:
+                y = place(0, value)[1]
+                draw.line((left, y, right, y), "#e4e4e4")
+                draw.text((8, y - 6), f"{value:g}", "#444444")
+    draw.line((left, bottom, right, bottom), "#444444")
+    draw.text((left, bottom + 8), "step 0", "#444444")
+    draw.text((right - 60, bottom + 8), f"{final}", "#444444")
+    for number, name in enumerate(names):
+        colour = _COLOURS[number % len(_COLOURS)]
+        points = [place(entry["step"], entry[name]) for entry in history if entry.get(name, 0) > 0]
+        if len(points) > 1:
+            draw.line(points, colour, 2)
+        draw.text((left + 10 + 130 * number, top - 14), name, colour)
+    picture.save(path)
