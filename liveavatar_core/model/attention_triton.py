@@ -33,17 +33,17 @@ def _attention(
     o = tl.zeros((ROWS, HEAD), tl.float32)
     for start in range(0, keys, KEYS):
         key = start + tl.arange(0, KEYS)
-        known = key < keys
-        k_KN = tl.load(k + key[None, :] * width + channel[:, None], mask=known[None, :], other=0)
-        x = tl.dot(q_MK, k_KN).to(tl.float32)
+        bias = tl.where(key < keys, 0.0, float("-inf"))
+        key = tl.minimum(key, keys - 1)
+        x = tl.dot(q_MK, tl.load(k + key[None, :] * width + channel[:, None])).to(tl.float32)
         if k_scale is not None:
-            x *= tl.load(k_scale + head * scale_head + key * scale_key, mask=known, other=0.0)[None, :]
-        x = tl.where(known[None, :], x * r[:, None], float("-inf"))
-        larger = tl.maximum(largest, tl.max(x, 1))
-        p = tl.exp2(x - larger[:, None])
+            x *= tl.load(k_scale + head * scale_head + key * scale_key)[None, :]
+        x += bias[None, :]
+        larger = tl.maximum(largest, tl.max(x, 1) * r)
+        p = tl.exp2(x * r[:, None] - larger[:, None])
         shrink = tl.exp2(largest - larger)
         total = total * shrink + tl.sum(p, 1)
-        v_NK = tl.load(v + key[:, None] * width + channel[None, :], mask=known[:, None], other=0.0)
+        v_NK = tl.load(v + key[:, None] * width + channel[None, :])
         o = tl.dot(p.to(v_NK.dtype), v_NK, o * shrink[:, None])
         largest = larger
     place = row.to(tl.int64)[:, None] * width + channel[None, :]
