@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan
 from torch import nn
 
 from liveavatar_core.encoders.decoder import decode
-from liveavatar_core.encoders.maps import Sum, _quarters, add_up, causal, double
+from liveavatar_core.encoders.maps import Sum, _quarters, causal, double
 
 # In float64 everywhere; but diffusers rounds to float32 where it upsamples.
 ROUNDED = 3e-6
@@ -63,7 +63,7 @@ def test_every_causal_convolution_has_its_own_past(decoder, latents):
 def test_doubling_from_quarters():
     """Four small kernels on the maps as they are, against one on the maps doubled."""
     x, weight = torch.randn(2, 3, 5, 4, dtype=torch.float64), torch.randn(6, 4, 3, 3, dtype=torch.float64)
-    want = double(Sum(x), weight)
+    want = double(Sum(x.clone()), weight)
     seen = set()
     for (down, right), quarter in _quarters(weight):
         padded = F.pad(x.permute(0, 3, 1, 2), (1 - right, right, 1 - down, down))
@@ -79,7 +79,7 @@ def test_a_sum_is_added_up_once(decoder):
     bias, past = torch.randn(8, dtype=torch.float64), torch.zeros(2, 3, 4, 8, dtype=torch.float64)
     weight = torch.zeros(8, 8, 3, 1, 1, dtype=torch.float64)
     weight[:, :, 2, 0, 0] = torch.eye(8)  # the newest frame, as it is
-    want = add_up(Sum(x, bias, skip))
+    want = x + bias + skip
     total, y = causal(Sum(x, bias, skip), past, weight, keep=True)
     for got in (total, y, past):
         torch.testing.assert_close(got, want, rtol=0, atol=EXACT)

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 PAST = tl.constexpr(2)  # frames that a causal convolution sees beside each one
 ROWS = 32  # places that one program of `_gather` works on
@@ -137,6 +136,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, up: in
     C is a multiple of 32, `widths(N)` is not None. `up`, `left`: how far the kernel's first tap lies from the place it
     is for. Only the channels of `out` must be contiguous.
     """
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in every Triton that can do the rest
+
     channels_out, *taps, channels = weight.shape
     frames, rows, columns, _ = out.shape
     pitch, (width, more), depth = x.shape[2], widths(channels_out), 32 if channels % 64 else 64

@@ -22,7 +22,10 @@ PAST = 2  # frames that a causal convolution sees beside each one
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """Maps on the way from one convolution to the next: x + bias + skip, added up by whoever reads them."""
+    """Maps on the way from one convolution to the next: x + bias + skip, added up by whoever reads them.
+
+    Whoever does uses them up: results may lie in their memory.
+    """
 
     x_THWC: Tensor
     bias_C: Tensor | None = None
@@ -47,8 +50,19 @@ def _kernels(device: torch.device) -> ModuleType | None:
 
 @cache
 def _convolves(device: torch.device) -> bool:
-    """Whether our own convolution beats the library's: seen on Hopper, not tried elsewhere."""
-    return _kernels(device) is not None and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether to use our own convolution: it beats the library's on Hopper, and was not tried elsewhere."""
+    kernels = _kernels(device)
+    if kernels is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    ones = torch.ones(3, 1, 2, 96, dtype=torch.bfloat16, device=device)
+    ones[:, :, 1:] = 0
+    out = ones.new_empty(1, 1, 1, 96)
+    try:
+        kernels.convolve(ones, ones.new_ones(96, 3, 3, 3, 96), None, out, 1, 1)
+    except Exception as error:  # a Triton without tensor descriptors
+        log.info("the decoder's own convolution is off on %s: %s", device, error)
+        return False
+    return bool((out == 3 * 96).all())  # three frames; all other taps lie beyond the edges
 
 
 def _own(weight: Tensor, outputs: int) -> bool:
@@ -59,10 +73,12 @@ def _own(weight: Tensor, outputs: int) -> bool:
 
 
 def add_up(maps: Sum) -> Tensor:
+    """The sum, in the memory of `maps`."""
     total_THWC = maps.x_THWC
-    if maps.bias_C is not None:
-        total_THWC = total_THWC + maps.bias_C
-    return total_THWC if maps.skip_THWC is None else total_THWC + maps.skip_THWC
+    for part in (maps.bias_C, maps.skip_THWC):
+        if part is not None:
+            total_THWC += part
+    return total_THWC
 
 
 def norm_silu(x: Tensor, gamma_C: Tensor) -> Tensor:
@@ -77,8 +93,7 @@ def causal(
     """(the sum if `keep`, its convolution with a kernel (N, C, 3, kh, kw)): (T, H, W, C) and (T, H, W, N).
 
     `past` (2, H, W, C) is what the convolution has seen of the frames before, and is left with what it has seen of the
-    last. With `gamma_C` the sum is normed for it. Zeros beyond the edges. `maps` are used up: results may lie in their
-    memory.
+    last. With `gamma_C` the sum is normed for it. Zeros beyond the edges.
     """
     own = _own(weight, len(weight))
     total, seen = _gather(maps, past, gamma_C, keep=keep, edge=int(own))
@@ -103,7 +118,7 @@ def _gather(
 ) -> tuple[Tensor | None, Tensor]:
     """(the sum if `keep`, the past followed by the sum, normed if so): (T, H, W, C) and (T + 2, H, W + edge, C).
 
-    The edge is zeros. `past` moves on. The sum may lie in the memory of `maps`.
+    The edge is zeros. `past` moves on.
     """
     x, before = maps.x_THWC, 0 if past is None else PAST
     frames, rows, columns, channels = x.shape
