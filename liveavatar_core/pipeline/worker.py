@@ -22,6 +22,7 @@ from liveavatar_core.pipeline.timetable import NEVER, PATIENCE, pick
 from liveavatar_core.types import Payload
 
 POLL = 0.0005  # seconds between two looks at a device whose time is not known
+LOOK = 0.002  # and at one whose time is: it may be done sooner, for what slowed the hop before has passed
 AHEAD = 2  # hops a device may have been given: one that runs, one behind it
 
 At = tuple[int, int]  # block, step
@@ -131,7 +132,7 @@ class Worker:
                         self.waiting.remove(candidates[chosen])
                         self._changed.notify_all()  # there is room for another
                         return candidates[chosen]
-                    wake = POLL if wake == NEVER else max(POLL, wake - now)
+                    wake = POLL if wake == NEVER else min(max(POLL, wake - now), LOOK)
                 elif candidates:
                     wake = POLL
                 self._changed.wait(wake)
