@@ -24,6 +24,15 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether graphs can be made while other threads use the device.
+
+    Not with cudaMallocAsync, which ComfyUI chooses by default: it takes what any thread allocates meanwhile for the
+    graph's, and the process dies when that thread frees it.
+    """
+    return device.type == "cuda" and torch.cuda.get_allocator_backend() == "native"
+
+
 class LayerGraphs:
     """One graph per key. They run one after the other, so they share memory and inputs."""
 

@@ -23,7 +23,7 @@ from liveavatar_core.model.rope import (
     reference_factors,
     reference_position,
 )
-from liveavatar_core.pipeline.graphs import LayerGraphs
+from liveavatar_core.pipeline.graphs import LayerGraphs, can_capture
 from liveavatar_core.pipeline.hosted import HostedRings, HostedSinks
 from liveavatar_core.pipeline.links import upload
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
@@ -49,7 +49,7 @@ class Stage:
     ) -> None:
         """`text` (length, text_dim). Everything constant over the stream is computed here, once.
 
-        `graphs`: on a GPU, run the layers as CUDA graphs once the window is full. Same numbers. `host`: memory for
+        `graphs`: where it can be, run the layers as CUDA graphs once the window is full. Same numbers. `host`: memory for
         what `spec.offload` keeps there, that of an earlier stage with this spec and geometry; new memory if None.
         `attention` and `kv_cache` as in RuntimeSpec.
         """
@@ -95,7 +95,7 @@ class Stage:
                 self._rings = HostedRings(caches, host, self.device)
         self._installed = dict.fromkeys(spec.steps, PREFILL)
         self._motion = self._factors(motion_factors)
-        self._graphs = LayerGraphs(self.device) if graphs and self.device.type == "cuda" else None
+        self._graphs = LayerGraphs(self.device) if graphs and can_capture(self.device) else None
 
     def _factors(self, table, *args: int) -> Tensor:
         return table(*args, self.geometry, self.model.config.head_dim, self.sampling.rope_rounding, self.device)
