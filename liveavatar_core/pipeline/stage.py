@@ -49,8 +49,8 @@ class Stage:
     ) -> None:
         """`text` (length, text_dim). Everything constant over the stream is computed here, once.
 
-        `graphs`: where it can be, run the layers as CUDA graphs once the window is full. Same numbers. `host`: memory for
-        what `spec.offload` keeps there, that of an earlier stage with this spec and geometry; new memory if None.
+        `graphs`: run the layers as CUDA graphs once the window is full, where that can be. Same numbers. `host`: memory
+        for what `spec.offload` keeps there, that of an earlier stage with this spec and geometry; new memory if None.
         `attention` and `kv_cache` as in RuntimeSpec.
         """
         self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
