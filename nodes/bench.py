@@ -83,15 +83,17 @@ class Benchmark(io.ComfyNode):
 
         spec = runtime if runtime is not None else runtime_spec()
         spec = replace(spec, precision=choose_precision(model, spec.precision))
-        device = spec.devices[-1]
+        config, geometry = inspect_model(model), geometry_of(size, image)
+        sampling = SamplingConfig(steps=steps, seed=1, skip_last_step=skip_last_step)
+        spec = host.runtime().placed(model, config, spec, sampling.evaluations, geometry)
         case = Case(
             model=model,
-            config=inspect_model(model),
+            config=config,
             runtime=spec,
-            sampling=SamplingConfig(steps=steps, seed=1, skip_last_step=skip_last_step),
-            geometry=geometry_of(size, image),
-            vae=host.HostVAE(vae, device),
-            decoder=partial(host.stream_decoder, vae, device),
+            sampling=sampling,
+            geometry=geometry,
+            vae=host.HostVAE(vae, spec.decoder),
+            decoder=partial(host.stream_decoder, vae, spec.decoder),
             speech=host.HostSpeechEncoder(audio_encoder),
             blocks=blocks,
         )
@@ -104,12 +106,10 @@ class Benchmark(io.ComfyNode):
             say("measuring what the card can do")
             first = spec.devices[0]
             host.reserve(first, CEILING_BYTES)
-            ceilings = measure_ceilings(
-                case.config, case.geometry, first, work_dtype(spec.precision, first), [spec.attention]
-            )
+            ceilings = measure_ceilings(config, geometry, first, work_dtype(spec.precision, first), [spec.attention])
             line = measure(host.runtime(), case, ceilings, say)
-        rates = ceilings.rates(case.config, case.geometry)
-        about = {"size": f"{case.geometry.width}x{case.geometry.height}", "steps": steps}
+        rates = ceilings.rates(config, geometry)
+        about = {"size": f"{geometry.width}x{geometry.height}", "steps": steps}
         log.info("benchmark %s", json.dumps(about | line | {"ceilings": rates}))
         text = f"{table([line])}\n\nThis card at its best, hot:\n{ceilings_table(rates)}"
         host.say(cls.hidden.unique_id, text)

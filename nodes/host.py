@@ -11,7 +11,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,10 +24,8 @@ from torch import Tensor
 from liveavatar_core.errors import InputError
 
 if TYPE_CHECKING:
-    from liveavatar_core.config import ModelSpec, RuntimeSpec
     from liveavatar_core.encoders.tiny_decoder import TinyVAE
     from liveavatar_core.encoders.vae import WanVAE
-    from liveavatar_core.geometry import Geometry
     from liveavatar_core.pipeline.stream import VideoDecoder
     from liveavatar_core.runtime.runtime import Runtime
     from liveavatar_core.runtime.stream import LatentStream, StreamRequest
@@ -133,18 +130,6 @@ def _spool_folder() -> Path:
 def _drop_spools() -> None:
     if _streams:
         shutil.rmtree(_spool_folder(), ignore_errors=True)
-
-
-def placed(model: "ModelSpec", spec: "RuntimeSpec", steps: int, geometry: "Geometry") -> "RuntimeSpec":
-    """`spec` with the VAE's device decided, since the VAE is needed before the model is loaded."""
-    from liveavatar_core.runtime.runtime import inspect_model
-
-    if spec.decoder != "auto":
-        return spec
-    if len(set(spec.devices)) == 1:
-        return replace(spec, decoder=spec.devices[0])
-    choice = runtime().choice(model, inspect_model(model), spec, steps, geometry)
-    return replace(spec, decoder=choice.plan.decoder)
 
 
 def wan_vae(host_vae, device: str) -> "WanVAE":

@@ -96,6 +96,7 @@ class ChunkedSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         from liveavatar_core.encoders.audio_features import FeatureStream
         from liveavatar_core.io.sound import to_speech
+        from liveavatar_core.runtime.runtime import inspect_model
         from liveavatar_core.runtime.stream import StreamRequest
 
         sampling = SamplingConfig(
@@ -109,7 +110,8 @@ class ChunkedSampler(io.ComfyNode):
         )
         picture = fitted(image)
         spec = runtime if runtime is not None else runtime_spec()
-        spec = host.placed(model, spec, sampling.evaluations, Geometry(*picture.shape[1:]))
+        geometry = Geometry(*picture.shape[1:])
+        spec = host.runtime().placed(model, inspect_model(model), spec, sampling.evaluations, geometry)
         text = positive[0][0][0].detach().float().cpu()
         lead = TIMING[timing]
         mid_sequence = REFERENCE_LATENT[reference_latent]

@@ -131,7 +131,8 @@ def test_what_cannot_run_is_said_in_its_line(capsys):
 )
 def test_wrong_arguments_get_a_sentence(arguments, words, capsys):
     assert main(["--tiny", "--devices", "cpu", *arguments]) == 1
-    assert words in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert words in told.err + told.out
 
 
 def test_whoever_is_told_may_stop_it():
@@ -147,7 +148,7 @@ def test_whoever_is_told_may_stop_it():
     case = Case(
         model=ModelSpec(RANDOM),
         config=DEMO_CONFIG,
-        runtime=RuntimeSpec(("cpu",), precision="fp32"),
+        runtime=RuntimeSpec(("cpu",), precision="fp32", decoder="cpu"),
         sampling=SamplingConfig(steps=2, seed=1),
         geometry=SMALL,
         vae=vae,

@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from liveavatar_core.bench import report
 from liveavatar_core.bench.ceilings import GIB, measure_ceilings
 from liveavatar_core.bench.clock import cuda_devices
 from liveavatar_core.bench.errors import compare, random_inputs
-from liveavatar_core.bench.measure import BLOCKS, Case, Say, measure
+from liveavatar_core.bench.measure import BLOCKS, Case, Say, measure, settings
 from liveavatar_core.bench.stand_ins import RandomWeights, random_speech, random_vae
 from liveavatar_core.config import (
     ATTENTIONS,
@@ -38,6 +38,7 @@ from liveavatar_core.config import (
     SamplingConfig,
 )
 from liveavatar_core.demo import DEMO_CONFIG
+from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
 from liveavatar_core.encoders.vae import StreamDecoder
 from liveavatar_core.errors import ConfigError, LiveAvatarError
 from liveavatar_core.geometry import Geometry
@@ -131,17 +132,12 @@ def set_up(options: argparse.Namespace, command: str) -> Setup:
     return Setup(config, model, Geometry(height, width), devices, about)
 
 
-def cases(options: argparse.Namespace, setup: Setup) -> list[Case]:
-    """Every combination of what was given several values."""
-    precisions = options.precision or ["fp8" if setup.about["gpus"] else "fp32"]
-    vae = random_vae(TINY_VAE if options.tiny else WAN_VAE.width, setup.devices[-1])
-    # A small card has no room for it while a stream runs.
-    speech = random_speech(setup.config, "cpu" if options.vram else setup.device)
-    return [
-        Case(
-            model=setup.model,
-            config=setup.config,
-            runtime=RuntimeSpec(
+def speed(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict]:
+    """A line for every combination of what was given several values."""
+    precisions = options.precision or ["fp8" if setup.cards else "fp32"]
+    wanted = [
+        (
+            RuntimeSpec(
                 setup.devices,
                 plan=options.plan,
                 precision=precision,
@@ -149,37 +145,44 @@ def cases(options: argparse.Namespace, setup: Setup) -> list[Case]:
                 kv_cache=kv_cache,
                 vram=options.vram,
             ),
-            sampling=SamplingConfig(steps=options.steps, seed=1, skip_last_step=skip),
-            geometry=setup.geometry,
-            vae=vae,
-            decoder=partial(StreamDecoder, vae),
-            speech=speech,
-            blocks=options.blocks or BLOCKS,
+            SamplingConfig(steps=options.steps, seed=1, skip_last_step=skip),
         )
         for precision, kv_cache, attention, skip in product(
             precisions, options.kv_cache, options.attention, SKIPPING[options.skip_last_step]
         )
     ]
-
-
-def speed(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict]:
-    """A line for every configuration."""
-    wanted = cases(options, setup)
     say("measuring the ceilings")
-    dtype = work_dtype(wanted[0].runtime.precision, setup.device)
+    dtype = work_dtype(precisions[0], setup.device)
     ceilings = measure_ceilings(setup.config, setup.geometry, setup.device, dtype, options.attention)
     rates = ceilings.rates(setup.config, setup.geometry)
     print(f"ceilings, hot\n{report.ceilings_table(rates)}\n")
     if options.vram:
         limit(setup, options.vram)
+    # A small card has no room for it while a stream runs.
+    speech = random_speech(setup.config, "cpu" if options.vram else setup.device)
+    vae_on = cache(partial(random_vae, TINY_VAE if options.tiny else WAN_VAE.width))
     runtime = Runtime(open_model=setup.open)
-    for case in wanted:
-        say(", ".join(f"{name} {value}" for name, value in case.settings().items() if value))
+    for spec, sampling in wanted:
+        named = settings(spec, sampling)
+        say(", ".join(f"{name} {value}" for name, value in named.items() if value))
         try:
+            spec = runtime.placed(setup.model, setup.config, spec, sampling.evaluations, setup.geometry)
+            vae = vae_on(spec.decoder)
+            case = Case(
+                model=setup.model,
+                config=setup.config,
+                runtime=spec,
+                sampling=sampling,
+                geometry=setup.geometry,
+                vae=vae,
+                decoder=partial(StreamDecoder, vae),
+                speech=speech,
+                blocks=options.blocks or BLOCKS,
+            )
             line = measure(runtime, case, ceilings, say)
         except LiveAvatarError as error:
-            line = {**case.settings(), "error": str(error)}
-        yield {**setup.about, **line, "ceilings": rates, "notes": notes(setup, case)}
+            line = {**named, "error": str(error)}
+        yield {**setup.about, **line, "ceilings": rates, "notes": notes(setup, speech)}
 
 
 def limit(setup: Setup, vram: float) -> None:
@@ -216,9 +219,9 @@ def errors(options: argparse.Namespace, setup: Setup, say: Say) -> Iterator[dict
         yield from lines
 
 
-def notes(setup: Setup, case: Case) -> str:
-    nbytes = sum(parameter.nbytes for parameter in case.speech.model.parameters())
-    device = case.speech.model.device.type
+def notes(setup: Setup, speech: Wav2Vec2Speech) -> str:
+    nbytes = sum(parameter.nbytes for parameter in speech.model.parameters())
+    device = speech.model.device.type
     listener = f"the sound is encoded by a random wav2vec2, {nbytes / GIB:.1f} GiB on {device} and in no memory plan"
     if setup.model.checkpoint == RANDOM:
         return f"random weights, prompt, picture and sound; {listener}"

@@ -55,7 +55,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What to measure, and with what beside the model. `runtime.precision` is the one that will be used."""
+    """What to measure, and with what beside the model. `runtime` says precision and decoder, neither is auto."""
 
     model: ModelSpec
     config: ModelConfig
@@ -63,7 +63,7 @@ class Case:
     sampling: SamplingConfig
     geometry: Geometry
     vae: WanVAE  # or whatever encodes frames like one
-    decoder: Callable[[], VideoDecoder]  # a fresh one, on the last device
+    decoder: Callable[[], VideoDecoder]  # a fresh one, on `runtime.decoder`
     speech: SpeechEncoder
     blocks: int = BLOCKS  # of the stream
 
@@ -74,22 +74,22 @@ class Case:
                 f"give at least {SETTLED + WINDOW_BLOCKS}"
             )
 
-    def settings(self) -> dict:
-        """What tells lines apart."""
-        spec = self.runtime
-        return {
-            "plan": spec.plan,
-            "precision": spec.precision,
-            "attention": spec.attention,
-            "kv_cache": spec.kv_cache,
-            "vram_cap_gib": spec.vram,
-            "skip_last_step": self.sampling.skip_last_step,
-        }
-
     @property
     def devices(self) -> tuple[str, ...]:
-        """Without repetition."""
-        return tuple(dict.fromkeys(self.runtime.devices))
+        """Without repetition, the decoder's included."""
+        return tuple(dict.fromkeys((*self.runtime.devices, self.runtime.decoder)))
+
+
+def settings(spec: RuntimeSpec, sampling: SamplingConfig) -> dict:
+    """What tells lines apart."""
+    return {
+        "plan": spec.plan,
+        "precision": spec.precision,
+        "attention": spec.attention,
+        "kv_cache": spec.kv_cache,
+        "vram_cap_gib": spec.vram,
+        "skip_last_step": sampling.skip_last_step,
+    }
 
 
 @torch.inference_mode()
@@ -118,7 +118,7 @@ def measure(runtime: Runtime, case: Case, ceilings: Ceilings, say: Say = lambda 
     stream = _measure_stream(runtime, plan, case, conditioning, say)
     held[HOST] = runtime.nbytes.get(HOST, 0)
     return {
-        **case.settings(),
+        **settings(case.runtime, case.sampling),
         "plan": plan.name,
         **forwards,
         **_against_floor(forwards, memory, ceilings),
@@ -192,7 +192,7 @@ def _measure_forwards(
         started = time.perf_counter()
     periods = marks.periods()
     seen = profile(lambda: deque(loop.forwards([last]), 0), case.devices, parts=steps)
-    held["activations"] = _peak(cuda) - resident
+    held["activations"] = sum(_peaks(cuda)) - resident
     return {
         "forward_ms": round(statistics.median(periods), 2),
         "forward_ms_range": [round(min(periods), 2), round(max(periods), 2)],
@@ -226,7 +226,7 @@ def _measure_decoder(case: Case, conditioning: Conditioning, held: dict[str, int
             _on_host(next(chunks))
             times.append(time.perf_counter())
         seen = profile(lambda: _on_host(next(chunks)), case.devices)
-    held["decoder"] = _peak(cuda) - before
+    held["decoder"] = sum(_peaks(cuda)) - before
     return {
         "vae_ms": round(1000 * statistics.median(_differences(times[1:])), 2),
         "vae_kernels_ms": round(seen.kernels_ms, 2),
@@ -280,7 +280,7 @@ def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Cond
         "ttff_ms": round(1000 * (times[0] - started), 1),
         "features_ms": round(1000 * heard, 1),
         "gpu_idle": _share(seen.idle),
-        "peak_gib": _gib(_peak(cuda)) if cuda else None,
+        "peak_gib": _gib(max(_peaks(cuda))) if cuda else None,
         "reserved_gib": _gib(max(map(torch.cuda.max_memory_reserved, cuda))) if cuda else None,
     }
 
@@ -295,7 +295,7 @@ def _planned(case: Case, plan: Plan) -> MemoryPlan:
         spec.precision,
         attention=spec.attention,
         kv_cache=spec.kv_cache,
-        decoder=spec.devices[-1],
+        decoder=plan.decoder,
     )
 
 
@@ -368,9 +368,8 @@ def _allocated(cuda: list[torch.device]) -> int:
     return sum(torch.cuda.memory_allocated(device) for device in cuda)
 
 
-def _peak(cuda: list[torch.device]) -> int:
-    """Of the fullest device."""
-    return max((torch.cuda.max_memory_allocated(device) for device in cuda), default=0)
+def _peaks(cuda: list[torch.device]) -> list[int]:
+    return [torch.cuda.max_memory_allocated(device) for device in cuda]
 
 
 def _reset_peaks(cuda: list[torch.device]) -> None:

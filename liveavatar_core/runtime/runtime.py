@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,6 +108,16 @@ class Runtime:
         precision = choose_precision(model, spec.precision)
         machine = measure(spec.devices) if len(set(spec.devices)) > 1 else Machine()
         return choose_plan(config, geometry, spec, precision, steps, room(capacity(spec.devices), spec.vram), machine)
+
+    def placed(
+        self, model: ModelSpec, config: ModelConfig, spec: RuntimeSpec, steps: int, geometry: Geometry
+    ) -> RuntimeSpec:
+        """`spec` with the VAE's device decided, since the VAE is needed before the model is loaded."""
+        if spec.decoder != "auto":
+            return spec
+        if len(set(spec.devices)) == 1:
+            return replace(spec, decoder=spec.devices[0])
+        return replace(spec, decoder=self.choice(model, config, spec, steps, geometry).plan.decoder)
 
     def ensure(
         self,
