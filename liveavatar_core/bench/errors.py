@@ -22,9 +22,9 @@ from liveavatar_core.weights.quant import quantise_linears
 
 BY_ROW, PER_TENSOR = "fp8 by row", "fp8 per tensor (original)"
 FORMATS = {  # by precision: (attention, kv_cache) as in RuntimeSpec
-    "bf16": [("exact", "full"), ("int8", "full"), ("exact", "fp8"), ("int8", "fp8")],
+    "bf16": [("exact", "full"), ("int8", "full"), ("exact", "fp8")],
     PER_TENSOR: [("exact", "full")],
-    BY_ROW: [("exact", "full"), ("int8", "full"), ("int8", "fp8")],
+    BY_ROW: [("exact", "full"), ("int8", "fp8")],
 }
 
 Load = Callable[[str], CausalDiT]

@@ -13,7 +13,8 @@ from liveavatar_core.demo import draw, vae_shapes
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
 from liveavatar_core.encoders.vae import WanVAE, load_vae
 from liveavatar_core.weights.build import empty_dit
-from liveavatar_core.weights.reader import TensorInfo, WeightReader
+from liveavatar_core.weights.file import TensorInfo
+from liveavatar_core.weights.reader import WeightReader
 
 OUTLIERS = (10.0, 50.0)  # smallest and largest factor
 CHANNELS_PER_OUTLIER = 640  # 8 of 5,120 channels
