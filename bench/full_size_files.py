@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench.published_files import header, tensors_of  # noqa: E402
 from liveavatar_core.config import LIVE_AVATAR_14B  # noqa: E402
+from liveavatar_core.weights.file import TensorInfo  # noqa: E402
 from liveavatar_core.weights.layout import official_config  # noqa: E402
-from liveavatar_core.weights.reader import TensorInfo  # noqa: E402
 
 SHARDS = (9.97e9, 9.89e9, 9.96e9, 2.77e9)  # bytes of the official ones
 PIECE = 64 << 20  # bytes on the way from the GPU to the file

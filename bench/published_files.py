@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from liveavatar_core.weights.reader import DTYPES, TensorInfo
+from liveavatar_core.weights.file import DTYPES, TensorInfo
 
 LISTS = Path(__file__).parent.parent / "tests" / "data"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

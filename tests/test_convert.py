@@ -21,9 +21,10 @@ from liveavatar_core.runtime.runtime import Runtime, inspect_model
 from liveavatar_core.weights import writer
 from liveavatar_core.weights.build import load_dit
 from liveavatar_core.weights.convert import convert, main
+from liveavatar_core.weights.file import TensorInfo
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.lora import open_lora
-from liveavatar_core.weights.reader import TensorInfo, open_weights
+from liveavatar_core.weights.reader import open_weights
 
 STRENGTHS = (0.7, -0.2)
 

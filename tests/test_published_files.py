@@ -16,10 +16,11 @@ from liveavatar_core.demo import vae_shapes
 from liveavatar_core.encoders.vae import load_vae
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import planned_dit, prepared
+from liveavatar_core.weights.file import TensorInfo
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.lora import open_lora
 from liveavatar_core.weights.quant import Fp8Linear
-from liveavatar_core.weights.reader import TensorInfo, open_weights
+from liveavatar_core.weights.reader import open_weights
 
 BYTES = {  # as their publishers' pages state them
     "wan2.2_s2v_14B_fp8_scaled": 16_394_832_474,

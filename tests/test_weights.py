@@ -13,10 +13,11 @@ from liveavatar_core.config import LIVE_AVATAR_14B
 from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_demo
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import empty_dit, load_dit
+from liveavatar_core.weights.file import TensorInfo
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.lora import open_lora
 from liveavatar_core.weights.quant import FP8, Fp8Linear
-from liveavatar_core.weights.reader import MARKER, TensorInfo, open_weights
+from liveavatar_core.weights.reader import MARKER, open_weights
 
 KEYS = Path(__file__).parent / "data" / "s2v_14b_keys.txt"  # written from SPEC 7.2
 CPU = {"dtype": torch.bfloat16, "device": "cpu"}

@@ -22,9 +22,10 @@ from liveavatar_core.config import LoraSpec, ModelSpec
 from liveavatar_core.errors import ConfigError, LiveAvatarError, OutputError
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.weights.build import Progress, planned_dit, prepared
+from liveavatar_core.weights.file import TensorInfo
 from liveavatar_core.weights.layout import infer_config, official_config
 from liveavatar_core.weights.lora import open_lora
-from liveavatar_core.weights.reader import TensorInfo, WeightReader, open_weights
+from liveavatar_core.weights.reader import WeightReader, open_weights
 from liveavatar_core.weights.record import Record, Source
 from liveavatar_core.weights.writer import check_space, write_tensors
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelConfig
 from liveavatar_core.errors import ConfigError, WeightsError
-from liveavatar_core.weights.reader import TensorInfo
+from liveavatar_core.weights.file import TensorInfo
 
 _HEAD_DIM = 128  # of every published Wan model
 _NAMES_IN_JSON = {

@@ -1,53 +1,25 @@
 """Checkpoints on disk as a lazy mapping from official names to tensors (SPEC 7.1, 7.2).
 
-Owns paths, shards, prefixes and the safetensors headers. Opening reads headers only; tensors are memory mapped and
-read one by one; fp8 weights with factors beside them are read as the numbers they stand for. It knows no model beyond
-the one name that marks a speech-to-video checkpoint.
+Owns paths, shards and prefixes. Opening reads headers only; tensors are read one by one; fp8 weights with factors
+beside them are read as the numbers they stand for. It knows no model beyond the one name that marks a speech-to-video
+checkpoint.
 """
 
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liveavatar_core.errors import WeightsError
+from liveavatar_core.weights.file import SafetensorsFile, TensorInfo
 from liveavatar_core.weights.record import Record, read_record
 from liveavatar_core.weights.scaled import dequantise, find_factors, is_weight
 
 MARKER = "casual_audio_encoder.encoder.final_linear.weight"  # only speech-to-video models have it
 _PREFIXES = ("", "model.diffusion_model.", "diffusion_model.")  # official names, then ComfyUI's single files
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """What a header says about one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class WeightReader:
@@ -70,29 +42,15 @@ class WeightReader:
         self.path, self.files = path, tuple(files)
         self.config, self.record = config, record
         self._factors = factors or {}
-        self._stack = ExitStack()
-        self._sources: dict[str, tuple[safe_open, str]] = {}  # official name -> (file, name in the file)
+        self._sources: dict[str, tuple[SafetensorsFile, str]] = {}  # official name -> (file, name in the file)
         self._infos: dict[str, TensorInfo] = {}
-        for file in files:
-            self._add(file, prefix)
+        for source in map(SafetensorsFile, files):
+            for stored, info in source.infos.items():
+                if stored.startswith(prefix):
+                    name = stored[len(prefix) :]
+                    self._sources[name], self._infos[name] = (source, stored), info
         if factors is not None:
             self._infos = {name: info for name, info in self._infos.items() if is_weight(name)}
-
-    def _add(self, file: Path, prefix: str) -> None:
-        try:
-            handle = self._stack.enter_context(safe_open(file, framework="pt"))
-            for stored in handle.keys():
-                if stored.startswith(prefix):
-                    header = handle.get_slice(stored)
-                    name = stored[len(prefix) :]
-                    self._sources[name] = (handle, stored)
-                    self._infos[name] = TensorInfo(tuple(header.get_shape()), DTYPES[header.get_dtype()])
-        except (SafetensorError, OSError) as error:
-            self.close()
-            raise WeightsError(f"{file} is not a complete safetensors file ({error}); download it again") from error
-        except KeyError as error:
-            self.close()
-            raise WeightsError(f"{file} holds numbers of type {error}; use the bf16 checkpoint") from error
 
     def infos(self) -> Mapping[str, TensorInfo]:
         """Shapes and dtypes as stored; of fp8 weights, too."""
@@ -117,11 +75,11 @@ class WeightReader:
 
     def _stored(self, name: str) -> Tensor:
         file, stored = self._sources[name]
-        return file.get_tensor(stored)
+        return file.get(stored)
 
     def close(self) -> None:
+        """Lets go of the files; tensors that live stay valid."""
         self._sources.clear()
-        self._stack.close()
 
     def __enter__(self) -> "WeightReader":
         return self
@@ -160,7 +118,7 @@ def open_weights(path: Path | str) -> WeightReader:
         factors = find_factors(path, own)
     record = None
     if len(files) == 1:
-        metadata = _metadata(files[0])
+        metadata = SafetensorsFile(files[0]).metadata
         record = read_record(metadata, path)
         config = config or _embedded_config(metadata, files[0])
     return WeightReader(path, files, config, prefix, factors, record)
@@ -190,11 +148,6 @@ def _read_config(path: Path) -> dict | None:
     if not path.is_file():
         return None
     return _parse(path.read_text(encoding="utf-8", errors="replace"), path)
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    with safe_open(file, framework="pt") as opened:
-        return opened.metadata() or {}
 
 
 def _embedded_config(metadata: Mapping[str, str], path: Path) -> dict | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from liveavatar_core.errors import WeightsError
 
 if TYPE_CHECKING:
-    from liveavatar_core.weights.reader import TensorInfo
+    from liveavatar_core.weights.file import TensorInfo
 
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FACTORS = (".weight_scale", ".scale_weight")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from liveavatar_core.errors import OutputError
-from liveavatar_core.weights.reader import DTYPES, TensorInfo
+from liveavatar_core.weights.file import DTYPES, TensorInfo
 
 GIB = 1024**3
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
