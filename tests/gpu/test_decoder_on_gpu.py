@@ -49,7 +49,10 @@ CASES = {  # function of (Sum, past, kernel, gamma), and the kernel's shape
     "same width": (lambda s, past, w, g: causal(s, past, w, g), (CHANNELS, CHANNELS, 3, 3, 3)),
     "without norm": (lambda s, past, w, g: causal(s, past, w, keep=True), (384, CHANNELS, 3, 3, 3)),
     "to pixels": (lambda s, past, w, g: causal(s, past, w, g), (3, CHANNELS, 3, 3, 3)),
-    "twice": (lambda s, past, w, g: twice(s, past, w, w.flatten(1)[:, 0]), (2 * CHANNELS, CHANNELS, 3, 1, 1)),
+    "twice": (
+        lambda s, past, w, g: twice(s, past, w, w.flatten(1)[:, 0].contiguous()),
+        (2 * CHANNELS, CHANNELS, 3, 1, 1),
+    ),
     "double": (lambda s, past, w, g: double(s, w), (CHANNELS, CHANNELS, 3, 3)),
 }
 
