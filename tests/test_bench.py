@@ -1,6 +1,7 @@
 """The benchmark: what it counts against known figures, and the whole command on the toy model."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import torch
 from liveavatar_core.bench import report
 from liveavatar_core.bench.__main__ import RANDOM, main
 from liveavatar_core.bench.ceilings import Ceilings, attention_flops, product_flops, product_shapes
-from liveavatar_core.bench.clock import idle_share, kind_of
+from liveavatar_core.bench.clock import kind_of
 from liveavatar_core.bench.errors import _record, _Recording, compare, random_inputs
-from liveavatar_core.bench.measure import SETTLED, Case, measure
+from liveavatar_core.bench.measure import SETTLED, Case, _idle, measure
 from liveavatar_core.bench.stand_ins import RandomWeights, outlier_factors, random_speech, random_vae
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, SamplingConfig
 from liveavatar_core.demo import DEMO_CONFIG
@@ -47,11 +48,14 @@ def test_the_floor_of_the_original_card():
     assert floor(False, "exact") == pytest.approx(203, abs=3)
     assert floor(True, "exact") == pytest.approx(147, abs=3)
     assert floor(True, "int8") == pytest.approx(131, abs=3)
+    slow = replace(ceilings, attention={"exact": 1.84, "int8": 2.4})
+    assert slow.forward_floor_ms(LIVE_AVATAR_14B, FULL, fp8=True, attention="int8") == floor(True, "exact")
 
 
-def test_idle_is_what_no_kernel_covers():
-    assert idle_share([(0, 4), (2, 6), (3, 5), (8, 10)]) == pytest.approx(0.2)
-    assert idle_share([(5, 7), (0, 5)]) == 0
+def test_idle_is_what_kernels_leave_of_a_period():
+    assert _idle(156.0, 160.0) == pytest.approx(0.025)
+    assert _idle(None, 160.0) is None, "without a GPU nobody knows"
+    assert _idle(170.0, 160.0) == 0, "kernels beside each other"
 
 
 def test_kernels_have_kinds():

@@ -13,9 +13,10 @@ KINDS = (  # kind, parts of kernel names; the first match counts
     ("products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "wgmma")),
     ("convolutions", ("conv", "implicit")),
     ("copies", ("memcpy", "memset", "copy_kernel", "catarray", "nchwtonhwc", "nhwctonchw")),
-    ("fused pointwise", ("_norm", "_gated", "_heads", "_quantise")),
+    ("fused pointwise", ("_norm", "_gated", "_heads", "_quantise", "_gather", "_put")),
 )
 OTHER = "other pointwise"
+LISTED = 8  # of the slowest kernels
 
 
 def cuda_devices(names: Iterable[str]) -> list[torch.device]:
@@ -76,17 +77,15 @@ def call_ms(device: str, work: Callable[[], object], seconds: float) -> float:
 
 @dataclass
 class Profile:
-    """Kernel milliseconds by kind, the slowest kernels as (name, calls, ms), and the share of the time between the
-    first kernel and the last in which a GPU ran none, None if no kernel was seen."""
+    """Kernel milliseconds by kind, and the slowest kernels as (name, calls, ms); empty where none was seen."""
 
     kinds: dict[str, float] = field(default_factory=dict)
     slowest: list[tuple[str, int, float]] = field(default_factory=list)
-    idle: float | None = None
 
     @property
-    def kernels_ms(self) -> float:
+    def kernels_ms(self) -> float | None:
         """Of all that is not a copy between host and device, which may run beside the rest."""
-        return sum(ms for kind, ms in self.kinds.items() if kind != "host copies")
+        return sum(ms for kind, ms in self.kinds.items() if kind != "host copies") if self.kinds else None
 
 
 def profile(work: Callable[[], object], devices: Iterable[str], parts: int = 1) -> Profile:
@@ -100,32 +99,18 @@ def profile(work: Callable[[], object], devices: Iterable[str], parts: int = 1) 
         synchronise(cuda)
     kinds: dict[str, float] = defaultdict(float)
     names: dict[str, list[float]] = defaultdict(list)
-    spans: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for event in recorded.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             ms = event.time_range.elapsed_us() / 1000 / parts
             kinds[kind_of(event.name)] += ms
             names[event.name].append(ms)
-            spans[event.device_index].append((event.time_range.start, event.time_range.end))
-    slowest = sorted(names.items(), key=lambda item: -sum(item[1]))[:20]
+    slowest = sorted(names.items(), key=lambda item: -sum(item[1]))[:LISTED]
     return Profile(
         {kind: round(ms, 2) for kind, ms in sorted(kinds.items(), key=lambda item: -item[1])},
         [(name[:90], round(len(ms) / parts), round(sum(ms), 2)) for name, ms in slowest],
-        sum(map(idle_share, spans.values())) / len(spans) if spans else None,
     )
 
 
 def kind_of(kernel: str) -> str:
     name = kernel.lower()
     return next((kind for kind, parts in KINDS if any(part in name for part in parts)), OTHER)
-
-
-def idle_share(spans: list[tuple[float, float]]) -> float:
-    """The part of the time from the first start to the last end that lies in none of the (start, end)."""
-    spans = sorted(spans)
-    first = reached = spans[0][0]
-    busy = 0.0
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return 1 - busy / (reached - first) if reached > first else 0.0

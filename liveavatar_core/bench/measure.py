@@ -38,8 +38,7 @@ from liveavatar_core.types import BlockRequest, Conditioning, Payload
 
 BLOCKS = 20
 SETTLED = 2 * WINDOW_BLOCKS + 1  # blocks until the window is full and every slot of it has its graph
-PROFILED = 2  # blocks of a stream that the profiler watches, after those that are timed
-UNSEEN = 2  # after those, so that the stream does not run dry while it is watched
+UNSEEN = 2  # blocks in flight behind the last one that is timed, so that it is like those before
 FORWARDS = 24  # timed one by one
 DECODED = 6  # blocks decoded alone
 
@@ -116,6 +115,8 @@ def measure(runtime: Runtime, case: Case, ceilings: Ceilings, say: Say = lambda 
     gc.collect()  # its caches make room for the stream's
     decoder = _measure_decoder(case, conditioning, held, say)
     stream = _measure_stream(runtime, plan, case, conditioning, say)
+    seen = forwards["kernels_ms"], decoder["vae_kernels_ms"]
+    kernels_ms = None if None in seen else plan.steps * seen[0] + seen[1]
     held[HOST] = runtime.nbytes.get(HOST, 0)
     return {
         **settings(case.runtime, case.sampling),
@@ -124,6 +125,7 @@ def measure(runtime: Runtime, case: Case, ceilings: Ceilings, say: Say = lambda 
         **_against_floor(forwards, memory, ceilings),
         **decoder,
         **stream,
+        "gpu_idle": _idle(kernels_ms, len(cuda) * stream["block_ms"]),
         **_against_plan(memory, held, cuda),
         "load_s": round(load_s, 1),
         "portrait_ms": round(portrait_ms, 1),
@@ -191,13 +193,14 @@ def _measure_forwards(
         say(f"timing forwards: block {block} of {last - 1}")
         started = time.perf_counter()
     periods = marks.periods()
+    forward_ms = statistics.median(periods)
     seen = profile(lambda: deque(loop.forwards([last]), 0), case.devices, parts=steps)
     held["activations"] = sum(_peaks(cuda)) - resident
     return {
-        "forward_ms": round(statistics.median(periods), 2),
+        "forward_ms": round(forward_ms, 2),
         "forward_ms_range": [round(min(periods), 2), round(max(periods), 2)],
-        "kernels_ms": round(seen.kernels_ms, 2),
-        "forward_idle": _share(seen.idle),
+        "kernels_ms": _rounded(seen.kernels_ms),
+        "forward_idle": _idle(seen.kernels_ms, forward_ms),
         "host_ms": round(statistics.median(host), 2),
         "breakdown_ms": seen.kinds,
         "slowest": seen.slowest,
@@ -229,7 +232,7 @@ def _measure_decoder(case: Case, conditioning: Conditioning, held: dict[str, int
     held["decoder"] = sum(_peaks(cuda)) - before
     return {
         "vae_ms": round(1000 * statistics.median(_differences(times[1:])), 2),
-        "vae_kernels_ms": round(seen.kernels_ms, 2),
+        "vae_kernels_ms": _rounded(seen.kernels_ms),
         "vae_breakdown_ms": seen.kinds,
         "vae_slowest": seen.slowest,
     }
@@ -238,8 +241,8 @@ def _measure_decoder(case: Case, conditioning: Conditioning, held: dict[str, int
 def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Conditioning, say: Say) -> dict:
     """A stream on a warm runtime: sound in, frames on the host out, decoder included."""
     cuda = cuda_devices(case.devices)
-    blocks = case.blocks + PROFILED + UNSEEN
-    heard = 0.0
+    blocks = case.blocks + UNSEEN
+    heard = there = 0.0
 
     def request(block: int) -> BlockRequest:
         nonlocal heard
@@ -247,6 +250,12 @@ def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Cond
         made = BlockRequest(block, features.block(block).unsqueeze(0))
         heard = heard or time.perf_counter() - asked
         return made
+
+    def watched(latents: Iterator[tuple[int, Tensor]]) -> Iterator[tuple[int, Tensor]]:
+        nonlocal there
+        for block, latent in latents:
+            there = there or time.perf_counter()
+            yield block, latent
 
     synchronise(cuda)
     _reset_peaks(cuda)
@@ -259,14 +268,13 @@ def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Cond
     times, allocated = [], []
     with (
         closing(latents),
-        closing(frame_chunks(latents, case.decoder(), conditioning.motion, frames)) as chunks,
+        closing(frame_chunks(watched(latents), case.decoder(), conditioning.motion, frames)) as chunks,
     ):
         for block in range(case.blocks):
             _on_host(next(chunks))
             times.append(time.perf_counter())
             allocated.append(_allocated(cuda))
             say(f"timing the stream: block {block + 1} of {case.blocks}")
-        seen = profile(lambda: [_on_host(next(chunks)) for _ in range(PROFILED)], case.devices, parts=PROFILED)
     steady = 1000 * (times[-1] - times[SETTLED - 1]) / (case.blocks - SETTLED)
     periods = [1000 * seconds for seconds in _differences(times[SETTLED - 1 :])]
     quarter = max(1, len(periods) // 4)
@@ -279,7 +287,7 @@ def _measure_stream(runtime: Runtime, plan: Plan, case: Case, conditioning: Cond
         "blocks": case.blocks,
         "ttff_ms": round(1000 * (times[0] - started), 1),
         "features_ms": round(1000 * heard, 1),
-        "gpu_idle": _share(seen.idle),
+        "first_latents_ms": round(1000 * (there - started), 1),
         "peak_gib": _gib(max(_peaks(cuda))) if cuda else None,
         "reserved_gib": _gib(max(map(torch.cuda.max_memory_reserved, cuda))) if cuda else None,
     }
@@ -320,7 +328,7 @@ def _against_floor(forwards: dict, memory: MemoryPlan, ceilings: Ceilings) -> di
     streamed = sum(streamed_bytes(memory, stage) for stage in memory.plan.stages)
     if streamed and ceilings.h2d_gbs:
         bus_ms = streamed / ceilings.h2d_gbs / 1e6
-        bound = max(forwards["kernels_ms"], bus_ms)
+        bound = max(forwards["kernels_ms"] or floor, bus_ms)
         result |= {"streamed_gib": _gib(streamed), "bus_ms": round(bus_ms, 2), "of_bound": round(bound / forward_ms, 3)}
         floor = max(floor, bus_ms)
     return {"forward_floor_ms": round(floor, 2), "of_floor": round(floor / forward_ms, 3), **result}
@@ -339,7 +347,7 @@ def _conditioning(case: Case, cuda: list[torch.device]) -> tuple[Conditioning, f
 
 def _features(case: Case) -> FeatureStream:
     """Of random sound, as long as the stream."""
-    seconds = (case.blocks + PROFILED + UNSEEN) * FRAMES_PER_BLOCK / DEFAULT_FPS
+    seconds = (case.blocks + UNSEEN) * FRAMES_PER_BLOCK / DEFAULT_FPS
     sound = 0.1 * torch.randn(round(seconds * SAMPLE_RATE), generator=torch.Generator().manual_seed(0))
     return FeatureStream(sound, case.speech, fps=DEFAULT_FPS, lead_frames=FRAMES_DROPPED)
 
@@ -356,8 +364,13 @@ def _percent(say: Say) -> Callable[[int, int], None]:
     return lambda done, total: say(f"loading the model: {100 * done // max(total, 1)} %")
 
 
-def _share(idle: float | None) -> float | None:
-    return None if idle is None else round(idle, 4)
+def _idle(kernels_ms: float | None, period_ms: float) -> float | None:
+    """The share of a period in which no kernel runs, if they run one after another: a profiler would add to it."""
+    return None if kernels_ms is None else round(max(0.0, 1 - kernels_ms / period_ms), 4)
+
+
+def _rounded(ms: float | None) -> float | None:
+    return None if ms is None else round(ms, 2)
 
 
 def _gib(nbytes: int) -> float:

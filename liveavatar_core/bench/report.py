@@ -28,6 +28,7 @@ ROWS = (  # key of a line, words, unit
     ("gpu_idle", "  GPU idle", ""),
     ("ttff_ms", "time to first frames, warm, from sound in", "ms"),
     ("features_ms", "  of which speech features", "ms"),
+    ("first_latents_ms", "  until the first latents are there", "ms"),
     ("portrait_ms", "portrait to latents, before that", "ms"),
     ("load_s", "model loaded in", "s"),
     ("planned_gib", "memory planned", "GiB"),
