@@ -27,7 +27,7 @@ def _attention(
     q_MK = tl.load(q + row[:, None] * width + channel[None, :], mask=inside[:, None], other=0)
     r = tl.full((ROWS,), 1.4426950408889634 / HEAD**0.5, tl.float32)  # base 2 from here on
     if q_scale is not None:
-        r *= tl.load(q_scale + row * heads + head, mask=inside, other=0.0)
+        r *= tl.load(q_scale + row * heads + head, mask=inside, other=1.0)
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     o = tl.zeros((ROWS, HEAD), tl.float32)

@@ -212,7 +212,7 @@ def quantise_heads(
     block = max(16 * head_dim, triton.next_power_of_2(width))
     launch(
         _quantise_heads, (count,), x, x.contiguous(), weight, factors, turn, out, scale, width, *scale.stride()[1:],
-        unit, eps, warps=8, NORM=weight is not None, ROTATE=factors is not None, TURN=turn is not None,
+        unit, eps, warps=4, NORM=weight is not None, ROTATE=factors is not None, TURN=turn is not None,
         LARGEST=448.0 if turn is None else 127.0, HEADS=block // head_dim, HEAD=head_dim,
     )  # fmt: skip
 

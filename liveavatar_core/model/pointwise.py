@@ -171,6 +171,12 @@ def hadamard(width: int, device: torch.device) -> Tensor:
     return torch.kron(torch.eye(width // block), matrix).to(device, torch.bfloat16)
 
 
+def _head_kernels(device: torch.device, kind: torch.dtype) -> ModuleType | None:
+    if kind == FP8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        return None  # Triton knows e4m3 from there on; torch converts it anywhere
+    return _kernels(device)
+
+
 def quantise_heads(
     x_BTHK: Tensor,
     factors: Tensor | None = None,
@@ -187,7 +193,7 @@ def quantise_heads(
     turn_KK = hadamard(width, x_BTHK.device) if turned else None
     unit = (width & -width) ** -0.5 if turned else 1.0
     # Triton knows blocks of powers of two, and products from 16 on.
-    if (kernels := _kernels(x_BTHK.device)) and width & -width == width >= 16:
+    if (kernels := _head_kernels(x_BTHK.device, out.values.dtype)) and width & -width == width >= 16:
         kernels.quantise_heads(x_BTHK, norm_D, factors, turn_KK, out.values, out.scale, unit, EPS)
         return out
     if factors is not None:
@@ -203,6 +209,6 @@ def quantise_heads(
 
 def dequantise_heads(heads: Heads, dtype: torch.dtype) -> Tensor:
     """values * scale, (B, T, H, K); int8 heads stay turned."""
-    if kernels := _kernels(heads.values.device):
+    if kernels := _head_kernels(heads.values.device, heads.values.dtype):
         return kernels.dequantise_heads(heads.values, heads.scale, dtype)
     return (heads.values.float() * heads.scale.unsqueeze(-1)).to(dtype)
