@@ -71,6 +71,13 @@ class CausalDiT(nn.Module):
         """Of the residual stream and the caches."""
         return self.text_embedding[0].weight.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Of the weights on the device, and of the buffers for those that only visit it."""
+        hosted = self.hosted
+        here = sum(tensor.nbytes for name, tensor in self.state_dict().items() if hosted is None or name not in hosted)
+        return here + (0 if hosted is None else hosted.device_bytes)
+
     def embed_text(self, text_SD: Tensor) -> list[KeyValue]:
         """(length, text_dim) -> keys and values of the text for each owned layer.
 

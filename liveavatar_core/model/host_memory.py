@@ -52,8 +52,7 @@ class HostMemory:
 
 
 class Courier:
-    """Copies on a stream of their own. Works the same while a CUDA graph is captured: nothing waits on the host, and
-    whatever was sent in a capture must be joined in it."""
+    """Copies on a stream of their own; nothing waits on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

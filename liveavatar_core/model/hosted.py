@@ -62,12 +62,16 @@ class HostedLayers:
     def host_bytes(self) -> int:
         return self._memory.nbytes
 
+    @property
+    def device_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
     def store(self, name: str, tensor: Tensor) -> Tensor:
         """Keep a parameter; returns what stands for it on the device."""
-        image, buffer = self._places.pop(name)
+        image, buffer = self._places[name]
         image.copy_(tensor)
         return buffer
 

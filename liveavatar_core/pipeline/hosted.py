@@ -44,7 +44,7 @@ class HostedRings:
         return key in self._caches
 
     def begin(self, step: int, block: int) -> None:
-        """Before a step; unlike the rest, not a part of its CUDA graph."""
+        """Before a step. Where blocks overtake each other it may be another than was expected: its rows come now."""
         visits = [self._visit(key, block) for key in self._caches if key[0] == step]
         if not visits:
             return

@@ -49,8 +49,9 @@ class Stage:
     ) -> None:
         """`text` (length, text_dim). Everything constant over the stream is computed here, once.
 
-        `graphs`: run the layers as CUDA graphs once the window is full, where that can be. Same numbers. `host`: memory
-        for what `spec.offload` keeps there, that of an earlier stage with this spec and geometry; new memory if None.
+        `graphs`: run the layers as CUDA graphs once the window is full, where that can be and nothing is streamed from
+        host memory. Same numbers. `host`: memory for what `spec.offload` keeps there, that of an earlier stage with
+        this spec and geometry; new memory if None.
         `attention` and `kv_cache` as in RuntimeSpec.
         """
         self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
@@ -95,7 +96,8 @@ class Stage:
                 self._rings = HostedRings(caches, host, self.device)
         self._installed = dict.fromkeys(spec.steps, PREFILL)
         self._motion = self._factors(motion_factors)
-        self._graphs = LayerGraphs(self.device) if graphs and can_capture(self.device) else None
+        graphs = graphs and not spec.offload and can_capture(self.device)
+        self._graphs = LayerGraphs(self.device) if graphs else None
 
     def _factors(self, table, *args: int) -> Tensor:
         return table(*args, self.geometry, self.model.config.head_dim, self.sampling.rope_rounding, self.device)

@@ -16,9 +16,10 @@ import torch
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.errors import InputError, PlanError
 from liveavatar_core.geometry import FRAMES_PER_BLOCK, PIXELS_PER_LATENT, WINDOW_BLOCKS, Geometry, fit_size
-from liveavatar_core.model.cache import token_bytes
+from liveavatar_core.model.cache import kinds, token_bytes
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.model.hosted import image_bytes, layer_tensors
+from liveavatar_core.model.pointwise import FP8
 from liveavatar_core.pipeline.hosted import VERSIONS
 from liveavatar_core.pipeline.plan import Offload, Plan, StageSpec, layer_ring
 from liveavatar_core.weights.build import empty_dit, planned_dit, work_dtype
@@ -32,13 +33,13 @@ BUS = 25e9  # bytes a second from host memory, for an estimate: PCIe 4 with 16 l
 AREAS = (704 * 384, 688 * 368, 384 * 256)  # pixels of the sizes on offer, largest first
 LARGEST_RING = 8  # devices; more than one machine has is no advice
 
-# Bytes per token and channel that one forward needs beside weights and caches. Measured on the original: 1.05-1.15 GiB
-# at 3168 tokens of 5120 channels, in bf16 and fp8. Our layer without fused kernels, counted on meta tensors, holds 44
-# of them at once in bf16 and 73 in float32; with them an H100 wanted about 30, gaps of the allocator included.
-ACTIVATION_BYTES = 72
+# Bytes per token and channel that one forward needs beside weights and caches. An H100 wanted 19 at 3168 tokens of 5120
+# channels, gaps of the allocator apart; without fused kernels a layer holds 44 at once in bf16, by count.
+ACTIVATION_BYTES = 24
 # Full-resolution feature maps of one block that are alive at once in the decoder's widest place, the upsampling to full
-# resolution. Counted on meta tensors of diffusers' decoder: 7. Measured on an H100 at 704x384: 8.2, channels last 7.7.
-DECODER_MAPS = 8
+# resolution: 4.5 where the library convolves (two of what goes in, one of what comes out, in two layouts). With our
+# own convolution an H100 wanted 3.6 at 704x384.
+DECODER_MAPS = 4.5
 
 ESTIMATED = ("activations", "VAE workspace")
 
@@ -186,9 +187,12 @@ def _stage_bytes(
     steps, layers, rings = len(stage.steps), len(stage.layers), len(stage.offload.rings)
     row = config.dim * dtype.itemsize  # one token's keys, or its values
     ring = _ring_bytes(config, geometry, dtype, attention, kv_cache)
-    whole = ring + geometry.sink_tokens * token_bytes(config.heads, config.head_dim, dtype, attention, kv_cache)
+    token = token_bytes(config.heads, config.head_dim, dtype, attention, kv_cache)
+    whole = ring + geometry.sink_tokens * token
     sink = layers * 2 * geometry.sink_tokens * row  # a version as its prefill leaves it
     shown = layers * geometry.tokens_per_frame * row  # reference keys of the one before it, which caches still show
+    # What one layer sees of keys and values in fp8 is given back its dtype.
+    unpacked = kinds(dtype, attention, kv_cache).count(FP8) * row * (whole // token)
     time_tables = (steps + 1) * (6 + 1) * config.dim * FLOAT32  # every step's and the prefill's
     rotary = geometry.motion_tokens * config.head_dim * FLOAT32
     return [
@@ -196,7 +200,7 @@ def _stage_bytes(
         (stage.device, "buffers for rings", 2 * whole if rings else 0),
         (stage.device, "attention sink", sink if stage.offload else sink + shown),
         (stage.device, "text and tables", layers * 2 * config.text_len * row + time_tables + rotary),
-        (stage.device, "activations", ACTIVATION_BYTES * geometry.tokens_per_block * config.dim),
+        (stage.device, "activations", ACTIVATION_BYTES * geometry.tokens_per_block * config.dim + unpacked),
         (HOST, "block caches", rings * ring),
         (HOST, "attention sink", VERSIONS * sink if stage.offload else 0),
     ]
@@ -218,7 +222,7 @@ def _vae_bytes(geometry: Geometry, device: str, vae: VaeSize) -> dict[str, int]:
     return {
         "VAE weights": vae.parameters * itemsize,
         "VAE caches": 2 * channels * pixels // PIXELS_PER_LATENT**2 * itemsize,  # two frames each
-        "VAE workspace": DECODER_MAPS * FRAMES_PER_BLOCK * vae.width * pixels * itemsize,
+        "VAE workspace": int(DECODER_MAPS * FRAMES_PER_BLOCK * vae.width * pixels * itemsize),
     }
 
 

@@ -92,9 +92,7 @@ class Runtime:
         """Bytes held between streams, by device: weights; and all that is in host memory."""
         held: dict[str, int] = {}
         for (device, *_), model in self._models.items():
-            storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in model.state_dict().values()}
-            nbytes = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
-            held[device] = held.get(device, 0) + nbytes
+            held[device] = held.get(device, 0) + model.nbytes
         hosted = [model.hosted.host_bytes for model in self._models.values() if model.hosted is not None]
         if hosted or self._host:
             held[HOST] = sum(hosted) + sum(memory.nbytes for _, memory in self._host.values())

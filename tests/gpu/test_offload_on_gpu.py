@@ -1,4 +1,4 @@
-"""Weights and rings in host memory on a GPU: the same bits as on the device, inside CUDA graphs and without them."""
+"""Weights and rings in host memory on a GPU: the same bits as on the device, and all of it given back."""
 
 import gc
 
@@ -30,14 +30,13 @@ def files(tmp_path_factory) -> DemoFiles:
     return demo
 
 
-@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "no graphs"])
 @pytest.mark.parametrize(("precision", "kv_cache"), [("bf16", "full"), ("fp8", "full"), ("fp8", "fp8")])
-def test_streaming_changes_no_bit(files, precision, kv_cache, graphs):
+def test_streaming_changes_no_bit(files, precision, kv_cache):
     plan = single(4, LAYERS, ["cuda:0"])
-    want = run(files, plan, precision, kv_cache=kv_cache, graphs=False)
+    want = run(files, plan, precision, kv_cache=kv_cache)
     assert torch.isfinite(want).all() and want.std() > 0.1
     for name in ("an odd number of rings", "some of both", "all"):
-        got = run(files, offloaded(plan, *SPLITS[name]), precision, kv_cache=kv_cache, graphs=graphs)
+        got = run(files, offloaded(plan, *SPLITS[name]), precision, kv_cache=kv_cache)
         assert torch.equal(got, want), name
 
 
