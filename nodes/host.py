@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,6 +112,9 @@ def stream(key: str, request: "StreamRequest") -> "LatentStream":
 
         spool = Spool(_spool_folder() / f"{key}.latents", blocks_for(request.frames))
         known = LatentStream(runtime(), request, spool)
+        with _lock:
+            for other in _streams.values():
+                known.share_portrait(other)
     with _lock:
         _streams[key] = known
         _streams.move_to_end(key)
@@ -175,17 +179,20 @@ def _loaded(load: Callable, state: Mapping[str, Tensor], device: str, dtype: tor
         return _vaes[key]
 
 
+@dataclass(frozen=True)
 class HostVAE:
     """The host's VAE as a stream wants it: encodes frames, and holds nothing on a device between runs."""
 
-    def __init__(self, host_vae, device: str) -> None:
+    host_vae: object
+    device: str
+
+    def __post_init__(self) -> None:
         """Raises InputError or WeightsError for a VAE that cannot serve."""
-        wan_vae(host_vae, device)
-        self._host_vae, self._device = host_vae, device
+        wan_vae(self.host_vae, self.device)
 
     def encode(self, frames: Tensor) -> Tensor:
         """As WanVAE.encode."""
-        return wan_vae(self._host_vae, self._device).encode(frames)
+        return wan_vae(self.host_vae, self.device).encode(frames)
 
 
 class HostSpeechEncoder:

@@ -81,6 +81,19 @@ def test_latents_are_sane_and_depend_on_everything(request_, latents, tmp_path):
         assert not torch.equal(first, latents[0]), name
 
 
+def test_a_picture_is_encoded_once_for_all_speech(request_, latents, tmp_path):
+    first, second = stream_of(request_, tmp_path), stream_of(replace(request_, frames=30), tmp_path)
+    second.share_portrait(first)
+    assert "portrait" not in vars(second), "nothing has been encoded yet"
+    assert torch.equal(all_latents(first), latents)
+    second.share_portrait(first)
+    assert second.portrait[0] is first.portrait[0] and torch.equal(next(second.latents())[1], latents[0])
+    for changed in (replace(request_, picture=-request_.picture), replace(request_, mid_sequence=True)):
+        other = stream_of(changed, tmp_path)
+        other.share_portrait(first)
+        assert "portrait" not in vars(other)
+
+
 def test_a_finished_stream_replays_without_a_model(request_, latents, tmp_path):
     runtime = Runtime()
     stream = stream_of(request_, tmp_path, runtime)
