@@ -123,14 +123,17 @@ def batches(
     device: torch.device | str, *, side: int, size: int, first_seed: int, begin_with: int = 256
 ) -> Callable[[int], Tensor]:
     """step -> (B, 3, FRAMES, H, W) in [-1, 1]: `size` whole pictures, or four times as many quarters of them."""
-    make = lambda seed: {"frames": draw_clip(seed, side, device)}  # noqa: E731
+
+    def make(seed: int) -> Tensor:
+        return draw_clip(seed, side, device)
+
     pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with)
 
     def batch(step: int) -> Tensor:
         pool.refresh(FRESH)
         generator = random.Random(step)
         close = step % 2 == 0
-        frames = pool.draw(4 * size if close else size, generator)["frames"].float() / 127.5 - 1
+        frames = torch.stack(pool.draw(4 * size if close else size, generator)).float() / 127.5 - 1
         if close:
             y, x = (generator.randrange(side // 2 + 1) for _ in range(2))
             frames = frames[..., y : y + side // 2, x : x + side // 2]

@@ -42,7 +42,10 @@ class Sound:
 
 
 def sound(seed: int, seconds: float, *, held_out: bool = False) -> Sound:
-    """Mostly speech; one in eight is music or noise with a closed mouth. `held_out`: a voice no other sound has."""
+    """Mostly speech; one in eight is music or noise with a closed mouth. `held_out`: a voice no other sound has.
+
+    Words and voice are the seed's; espeak-ng varies their timing a little from call to call.
+    """
     generator = random.Random(f"{seed} {held_out}")
     if generator.random() < 0.125 and not held_out:
         return music(seed, seconds)

@@ -35,29 +35,29 @@ _GRADES: dict[str, tuple[float, float, float, Colour]] = {
 class Light:
     ambient: Tensor  # (3, 1, 1)
     key: Tensor  # (3, 1, 1)
-    other: Tensor  # (3, 1, 1)
+    other: Tensor | None  # (3, 1, 1)
     direction: Colour
-    cel: float  # 1: shadows have one hard edge, as in drawings
+    cel: bool  # shadows have one hard edge, as in drawings
 
-    def on(self, nx: Scalar = 0.0, ny: Scalar = 0.0, *, cel: float | None = None) -> Tensor:
+    def on(self, nx: Scalar = 0.0, ny: Scalar = 0.0) -> Tensor:
         """Colour that falls on a surface that leans by (nx, ny), each within -1..1."""
-        nx, ny = (torch.as_tensor(n, dtype=torch.float32, device=self.key.device) for n in (nx, ny))
-        nz = (1 - nx * nx - ny * ny).clamp(min=0.02).sqrt()
         dx, dy, dz = self.direction
+        if isinstance(nx, float) and isinstance(ny, float):
+            nx, ny = self.key.new_full((), nx), self.key.new_full((), ny)
+        nz = (1 - nx * nx - ny * ny).clamp(min=0.02).sqrt()
         facing = (nx * dx + ny * dy + nz * dz).clamp(0, 1)
-        cel = self.cel if cel is None else cel
-        if cel:
-            facing = torch.lerp(facing, 0.30 + 0.55 * ramp(facing, 0.42, 0.46), cel)
+        if self.cel:
+            facing = 0.30 + 0.55 * ramp(facing, 0.42, 0.46)
         light = self.ambient + self.key * facing
-        if self.other.any():
-            light = light + self.other * (0.4 * nz - 0.15 - 0.9 * nx * (1 if dx > 0 else -1)).clamp(0, 1)
-        return light
+        if self.other is None:
+            return light
+        return light + self.other * (0.4 * nz - 0.15 - 0.9 * nx * (1 if dx > 0 else -1)).clamp(0, 1)
 
 
-def light(name: str, cel: float, device: torch.device | str) -> Light:
-    ambient, key, other, direction = _LIGHTS[name]
-    colours = (torch.tensor(colour, device=device).view(3, 1, 1) for colour in (ambient, key, other))
-    return Light(*colours, direction, cel)
+def light(name: str, *, cel: bool, device: torch.device | str) -> Light:
+    *colours, direction = _LIGHTS[name]
+    ambient, key, other = (torch.tensor(colour, device=device).view(3, 1, 1) for colour in colours)
+    return Light(ambient, key, other if any(colours[2]) else None, direction, cel)
 
 
 def grade(image: Tensor, name: str) -> Tensor:

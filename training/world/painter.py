@@ -1,5 +1,6 @@
 """Looks and poses to pictures, back to front."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -35,8 +36,8 @@ def paint(look: Look, pose: Pose, height: int, width: int, device: torch.device 
     pose = pose.to(device)
     x, y = grid(height, width, device)
     pixel = 2.4 / height
-    lamp = light(look.light, 1.0 if look.kind == "anime" else 0.0, device)
-    image = background(x, y, look, pixel) * lamp.on(x * 0.45, y * 0.45, cel=0.0).clamp(max=1.6)
+    lamp = light(look.light, cel=look.kind == "anime", device=device)
+    image = background(x, y, look, pixel) * replace(lamp, cel=False).on(x * 0.45, y * 0.45).clamp(max=1.6)
 
     size = look.size
     torso = Brush(look, lamp, (x - look.x) / size, (y - look.y + 0.12) / size, pixel / size)
@@ -47,15 +48,14 @@ def paint(look: Look, pose: Pose, height: int, width: int, device: torch.device 
     image = hair_behind(image, face, pose).expand(len(pose.open), -1, -1, -1)
     image = body(image, torso)
     for part, half, top, bottom in _PARTS:
-        rows = _pixels(torso.v[0, 0, :, 0], top, bottom)
-        columns = _pixels(torso.u[0, 0, 0], -half, half)
+        rows = _pixels(look.y - 0.12 + size * (top - _REACH), look.y - 0.12 + size * (bottom + _REACH), height, height)
+        columns = _pixels(look.x - size * (half + _REACH), look.x + size * (half + _REACH), width, height)
         near = replace(face, u=face.u[..., rows, columns], v=face.v[..., rows, columns])
         image[..., rows, columns] = part(image[..., rows, columns], near, pose)
     return grade(held(image, torso), look.grade)
 
 
-def _pixels(places: Tensor, low: float, high: float) -> slice:
-    """The pixels whose places, rising, are within low..high or as near to it as a pose may move them."""
-    bounds = places.new_tensor([low - _REACH, high + _REACH])
-    start, stop = torch.searchsorted(places.contiguous(), bounds).tolist()
-    return slice(start, stop)
+def _pixels(low: float, high: float, count: int, height: int) -> slice:
+    """Those of `count` pixels of a row or a column whose middles are within low..high, in half picture heights."""
+    start, stop = (math.ceil((place * height + count - 1) / 2) for place in (low, high))
+    return slice(max(0, start), max(0, min(count, stop)))

@@ -48,10 +48,21 @@ def head_centre(look: Look, pose: Pose) -> tuple[Tensor, Tensor]:
 
 def mouth_box(look: Look, pose: Pose) -> Tensor:
     """(N, 4): middle x, middle y, half width and half height of where the mouth can be, in half picture heights."""
+    place = 0.16 * pose.yaw, MOUTH_PLACE + 0.10 * pose.pitch + 0.05 * pose.open
+    return _box(look, pose, place, look.mouth * 1.35, look.mouth * 1.05)
+
+
+def eyes_box(look: Look, pose: Pose) -> Tensor:
+    """The same for both eyes together."""
+    place = 0.16 * pose.yaw, 0.02 + 0.10 * pose.pitch
+    return _box(look, pose, place, look.eye_gap + 1.2 * look.eye, 1.4 * look.eye)
+
+
+def _box(look: Look, pose: Pose, place: tuple[Tensor, Tensor], half_width: float, half_height: float) -> Tensor:
+    """`place` and sizes in head sizes."""
     cx, cy = head_centre(look, pose)
-    u, v = 0.16 * pose.yaw, MOUTH_PLACE + 0.10 * pose.pitch + 0.05 * pose.open
+    u, v = place
     cos, sin = pose.roll.cos(), pose.roll.sin()
-    half = look.mouth * look.size
     middle = cx + look.size * (u * cos - v * sin), cy + look.size * (u * sin + v * cos)
-    size = (torch.full_like(cx, half * 1.35), torch.full_like(cx, half * 1.05))
-    return torch.stack([part.flatten() for part in (*middle, *size)], 1)
+    sizes = (torch.full_like(cx, look.size * half) for half in (half_width, half_height))
+    return torch.stack([part.flatten() for part in (*middle, *sizes)], 1)

@@ -7,6 +7,8 @@ Legend: N frames, H W pixels. Fields are (N, 1, H, W), images (N, 3, H, W), what
 whatever stands still.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ def grid(height: int, width: int, device: torch.device | str) -> tuple[Tensor, T
 
 def turn(x: Tensor, y: Tensor, angle: Scalar) -> tuple[Tensor, Tensor]:
     """The coordinates of a frame that is turned clockwise by `angle`."""
-    angle = torch.as_tensor(angle, dtype=x.dtype, device=x.device)
-    cos, sin = angle.cos(), angle.sin()
+    moves = isinstance(angle, Tensor)
+    cos, sin = (angle.cos(), angle.sin()) if moves else (math.cos(angle), math.sin(angle))
     return x * cos + y * sin, y * cos - x * sin
 
 

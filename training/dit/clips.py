@@ -1,0 +1,159 @@
+"""What the DiT learns from: clips of the world as the encoders of inference give them.
+
+A clip is eight blocks of a stream that began with a picture. The picture may be lit and placed otherwise than the
+prompt wants it; the video is as the prompt wants it. Clips come in groups that begin at the same block of their
+streams, because the rotary positions of a batch are common.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from liveavatar_core.encoders.audio_features import FeatureStream, SpeechEncoder
+from liveavatar_core.geometry import (
+    DEFAULT_FPS,
+    FRAMES_PER_BLOCK,
+    FRAMES_PER_LATENT,
+    LATENTS_PER_BLOCK,
+    MOTION_LATENTS,
+    PIXELS_PER_LATENT,
+)
+from training.prompts import Wish, draw_wish, write
+from training.speech.sounds import Sound
+from training.world.looks import BACKGROUNDS, KINDS, LIGHTS, Look, draw_look
+from training.world.motion import perform
+from training.world.painter import paint
+from training.world.pose import Pose, eyes_box, mouth_box
+from training.world.shapes import grid
+
+BLOCKS = 8
+STILLS = 13  # copies of the picture before the video; more change nothing that can be seen
+LATEST = 4096  # block at which a clip may begin: half an hour
+MOUTH, EYES = 5.0, 2.0  # what a wrong latent costs more there
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is said, shown and asked for."""
+
+    picture: Look
+    video: Look
+    action: str
+    prompt: str
+    ajar: dict[str, float]  # the mouth in the picture
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """B clips, N blocks of F latents."""
+
+    first_block: int
+    latents: Tensor  # (B, N, C, F, h, w)
+    reference: Tensor  # (B, C, 1, h, w)
+    anchor: Tensor  # (B, C, 1, h, w): first latent of the video's beginning
+    motion: Tensor  # (B, C, 19, h, w)
+    features: Tensor  # (B, N, states, width, 12)
+    text: Tensor  # (B, length, width)
+    weight: Tensor  # (B, N, 1, F, h, w)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """Finished models of the other stages, on one device."""
+
+    encode: object  # (3, T, H, W) in [-1, 1] -> (C, t, h, w) normalised
+    sounds: Sequence[Sound]
+    features: Sequence[FeatureStream]  # of the sounds
+    read: object  # prompts -> (B, length, width)
+    side: int
+    device: torch.device | str
+
+
+def listen(sounds: Sequence[Sound], encoder: SpeechEncoder) -> list[FeatureStream]:
+    return [FeatureStream(spoken.samples, encoder, fps=DEFAULT_FPS) for spoken in sounds]
+
+
+def draw_scene(seed: int, *, held_out: bool = False) -> Scene:
+    generator = random.Random(f"scene {seed} {held_out}")
+    kind = generator.choice(KINDS)
+    look = draw_look(seed, kind, held_out=held_out)
+    wish = draw_wish(generator, kind)
+    if wish.background is not None:
+        # mostly a prompt says what is there
+        same = generator.random() < 0.5
+        wish = replace(wish, background=look.background if same else generator.choice(BACKGROUNDS))
+    plain = wish.light is not None or wish.grade is not None
+    light = "neutral" if plain or generator.random() < 0.5 else generator.choice(LIGHTS)
+    picture = replace(look, light=light)
+    ajar = {}
+    if generator.random() < 0.25:
+        ajar = {"open": generator.random() * 0.7, "wide": generator.random(), "smile": generator.random()}
+    prompt = write(wish, generator) if generator.random() < 0.95 else ""
+    wish = wish if prompt else Wish(kind=kind)
+    video = replace(
+        look,
+        background=wish.background or look.background,
+        light=wish.light or light,
+        grade=wish.grade or look.grade,
+    )
+    return Scene(picture, video, wish.action or "talk", prompt, ajar)
+
+
+def make_group(seed: int, size: int, known: Encoders) -> Group:
+    generator = random.Random(f"group {seed}")
+    first = 0 if generator.random() < 0.5 else generator.randrange(1, LATEST)
+    scenes = [draw_scene(seed * size + i) for i in range(size)]
+    parts = [_clip(scene, first, generator, known) for scene in scenes]
+    names = ("latents", "reference", "anchor", "motion", "features", "weight")
+    stacked = {name: torch.stack([part[name] for part in parts]) for name in names}
+    return Group(first, text=known.read([scene.prompt for scene in scenes]), **stacked)
+
+
+def _clip(scene: Scene, first_block: int, generator: random.Random, known: Encoders) -> dict[str, Tensor]:
+    number = generator.randrange(len(known.sounds))
+    spoken, stream = known.sounds[number], known.features[number]
+    begin = generator.randrange(max(1, stream.frames // FRAMES_PER_BLOCK - BLOCKS + 1))
+    frames = BLOCKS * FRAMES_PER_BLOCK
+    poses = perform(spoken.mouth, scene.action, begin * FRAMES_PER_BLOCK, frames, first_block * FRAMES_PER_BLOCK)
+
+    def draw(look: Look, pose: Pose) -> Tensor:
+        return paint(look, pose, known.side, known.side, known.device)
+
+    still = draw(scene.picture, Pose.still(**scene.ajar)).expand(STILLS, -1, -1, -1)
+    pictures = [still]
+    if first_block:  # the beginning of this stream, of which the model keeps one latent
+        start = generator.randrange(max(1, stream.frames - FRAMES_PER_LATENT))
+        pictures.append(draw(scene.video, perform(spoken.mouth, scene.action, start, FRAMES_PER_LATENT, 0)))
+    pictures.append(draw(scene.video, poses))
+    pixels = (torch.cat(pictures) * 255).round() / 127.5 - 1
+    latents = known.encode(pixels.transpose(0, 1))
+    stills = 1 + (STILLS - 1) // FRAMES_PER_LATENT
+    # a picture that holds still gives the same latent again and again
+    motion = latents[:, [min(i, stills - 1) for i in range(MOTION_LATENTS)]]
+    features = torch.stack([stream.block(begin + i) for i in range(BLOCKS)]).to(known.device)
+    video = latents[:, -BLOCKS * LATENTS_PER_BLOCK :]
+    return {
+        "latents": video.unflatten(1, (BLOCKS, LATENTS_PER_BLOCK)).transpose(0, 1).bfloat16(),
+        "reference": latents[:, :1].bfloat16(),
+        "anchor": latents[:, stills : stills + 1].bfloat16(),
+        "motion": motion.bfloat16(),
+        "features": features.bfloat16(),
+        "weight": weights(scene.video, poses, known.side).to(known.device).bfloat16(),
+    }
+
+
+def weights(look: Look, pose: Pose, side: int) -> Tensor:
+    """(N, 1, F, h, w): 1, and more where lips or lids move in any frame of a latent."""
+    cells = side // PIXELS_PER_LATENT
+    x, y = (axis[0, 0] for axis in grid(cells, cells, "cpu"))
+
+    def inside(boxes: Tensor) -> Tensor:
+        cx, cy, a, b = boxes[:, :, None, None].unbind(1)
+        edge = 1.0 / cells
+        return (((x - cx).abs() < a + edge) & ((y - cy).abs() < b + edge)).float()
+
+    heavy = torch.maximum(MOUTH * inside(mouth_box(look, pose)), EYES * inside(eyes_box(look, pose)))
+    return 1 + heavy.view(BLOCKS, 1, LATENTS_PER_BLOCK, FRAMES_PER_LATENT, cells, cells).amax(3)

@@ -1,0 +1,190 @@
+"""Stage 4: the causal DiT learns the flow from noise to the one right video.
+
+    python -m training.dit.train --models .train --folder .train --minutes 9 --blocks 2 --teach
+    python -m training.dit.train --models .train --folder .train --minutes 9
+
+With --teach the history of a block is the truth with noise; without, it is what the model itself made of it at the
+same level, as at inference. The world leaves nothing to chance, so that there is a right answer for either.
+"""
+
+import argparse
+import logging
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from liveavatar_core.config import DISTANCE_RANGE, SamplingConfig
+from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
+from liveavatar_core.encoders.vae import read_vae
+from liveavatar_core.geometry import Geometry
+from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.sampling import levels, timestep
+from training.dit.clips import BLOCKS, EYES, Encoders, Group, listen, make_group
+from training.dit.forward import Conditions, conditions, gradients, velocities
+from training.front import make_sounds, new_front
+from training.pool import Pool
+from training.run import minimise, read_log, read_weights
+from training.sizes import DEMO, SIDE
+from training.text import encode_prompts, new_text_encoder, read_tokenizer
+
+log = logging.getLogger(__name__)
+
+REANCHOR = SamplingConfig().reanchor_block
+STEPS = (4, 4, 4, 3, 5)  # of the rollouts; four is what is used
+SOUND_SECONDS = 12.0
+
+
+def new_dit() -> CausalDiT:
+    """Layers begin as the identity: gates and all that is added to the stream are 0."""
+    model = CausalDiT(DEMO)
+    for linear in (
+        model.time_projection[1],
+        model.head.head,
+        *(layer.cross_attn.o for layer in model.blocks.values()),
+        *(injector.o for injector in model.audio_injector.injector.values()),
+    ):
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    for embedding in (model.trainable_cond_mask.weight, model.text_embedding[2].weight):
+        torch.nn.init.normal_(embedding, std=0.02)
+    return model
+
+
+def known_conditions(model: CausalDiT, group: Group, start: int, blocks: int, reanchored: bool) -> Conditions:
+    """Of blocks start .. start + blocks of the group's clips."""
+    side = group.latents.shape[-1] * 8
+    first = group.first_block + start
+    versions = [int(reanchored and block >= REANCHOR) for block in range(first, first + blocks)]
+    references = [group.reference.float(), group.anchor.float()]
+    used = sorted(set(versions))
+    return conditions(
+        model,
+        Geometry(side, side),
+        text_BSD=group.text,
+        features_BNSDt=group.features[:, start : start + blocks].float(),
+        references=[references[version] for version in used],
+        motion_BCFhw=group.motion.float(),
+        versions=[used.index(version) for version in versions],
+        first_block=first,
+    )
+
+
+def losses(model: CausalDiT, group: Group, step: int, *, blocks: int, teach: bool) -> dict[str, Tensor]:
+    generator = random.Random(step)
+    start = generator.randrange(BLOCKS - blocks + 1)
+    device = group.latents.device
+    noise_source = torch.Generator(device).manual_seed(step)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        known = known_conditions(model, group, start, blocks, generator.random() < 0.75)
+    wanted = [block.float() for block in group.latents[:, start : start + blocks].unbind(1)]
+    weight = [block.float() for block in group.weight[:, start : start + blocks].unbind(1)]
+
+    def noise() -> list[Tensor]:
+        return [torch.randn(x.shape, generator=noise_source, device=device) for x in wanted]
+
+    visited = _levels_to_teach(generator) if teach else levels(SamplingConfig(steps=generator.choice(STEPS)))[:-2]
+    latents = noise()
+    total, parts = 0.0, {}
+    for number, level in enumerate(visited):
+        if teach:
+            latents = [level * e + (1 - level) * x for e, x in zip(noise(), wanted, strict=True)]
+        distances = [generator.randint(*DISTANCE_RANGE) for _ in wanted]
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            flow = velocities(model, known, latents, timestep(level), distances)
+        # the straight way from here to the truth, however we came here
+        errors = [v.float() - (now - x) / level for v, now, x in zip(flow, latents, wanted, strict=True)]
+        squares = torch.stack([e.square() for e in errors])
+        heavy = torch.stack(weight)
+        total = total + (squares * heavy).mean() / heavy.mean() / len(visited)
+        if number == 0:
+            parts["first"] = squares.mean() * level**2
+        if number == len(visited) - 1:
+            lips = (heavy > EYES + 1).float()
+            parts["last"] = squares.mean() * level**2
+            parts["lips"] = (squares * lips).sum() / lips.expand_as(squares).sum().clamp(min=1) * level**2
+        if not teach:
+            following = visited[number + 1] if number + 1 < len(visited) else 0.0
+            latents = [(now + (following - level) * v.float()).detach() for now, v in zip(latents, flow, strict=True)]
+    return {"loss": total, **parts}
+
+
+def _levels_to_teach(generator: random.Random) -> tuple[float, ...]:
+    """Where the sampler begins, a level on its way, and the one from which it leaps to the end; rarely the last."""
+    middle = generator.choice((0.90, 0.857692, 0.857692, 0.751121))
+    leap = generator.choice((0.751121, 0.602151, 0.602151, 0.602151, 0.502985))
+    return (1.0, middle, 0.00892857 if generator.random() < 0.05 else leap)
+
+
+def load_encoders(models: Path, sounds: range, side: int, device: str) -> Encoders:
+    """Raises FileNotFoundError where an earlier stage has left nothing."""
+    vae = read_vae(
+        models / "vae.safetensors", dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device
+    )
+    front, reader = new_front(), new_text_encoder()
+    heard, read = read_weights(models, "front"), read_weights(models, "text")
+    if heard is None or read is None:
+        raise FileNotFoundError(f"{models} lacks the weights of front or text; run those stages first")
+    front.load_state_dict(heard)
+    reader.load_state_dict({n.removeprefix("encoder."): t for n, t in read.items() if n.startswith("encoder.")})
+    reader.to(device).eval()
+    tokenizer = read_tokenizer(models)
+    spoken = list(make_sounds(sounds, SOUND_SECONDS))
+    speech = Wav2Vec2Speech(front.wav2vec2.to(device))
+    return Encoders(
+        encode=vae.encode,
+        sounds=spoken,
+        features=listen(spoken, speech),
+        read=lambda prompts: encode_prompts(reader, tokenizer, prompts),
+        side=side,
+        device=device,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=Path, required=True, help="folder with the finished stages")
+    parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of a clip that go through the model at once")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--teach", action="store_true")
+    parser.add_argument("--sounds", type=int, default=400)
+    parser.add_argument("--groups", type=int, default=160, help="kept in memory")
+    parser.add_argument("--begin", type=int, default=24, help="groups made before the first step")
+    parser.add_argument("--every", type=int, default=12, help="steps between new groups")
+    parser.add_argument("--side", type=int, default=SIDE)
+    parser.add_argument("--fuse", action="store_true", help="compile what lies between matrix products")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    history = read_log(options.folder, "dit")
+    done = history[-1]["step"] if history else 0
+    sounds = range(100_000 + done, 100_000 + done + options.sounds)
+    known = load_encoders(options.models, sounds, options.side, device)
+    torch.manual_seed(0)
+    model = new_dit()
+    if weights := read_weights(options.folder, "dit"):
+        model.load_state_dict(weights)
+    model.to(device)
+
+    @torch.no_grad()
+    def make(seed: int) -> Group:
+        return make_group(seed, options.batch, known)
+
+    pool = Pool(options.groups, make, first_seed=done * 10, begin_with=options.begin)
+
+    def lose(step: int) -> dict[str, Tensor]:
+        if step % options.every == 0:
+            pool.refresh(1)
+        (group,) = pool.draw(1, random.Random(step))
+        return losses(model, group, step, blocks=options.blocks, teach=options.teach)
+
+    with gradients(fuse=options.fuse):
+        minimise("dit", model, lose, options.folder, minutes=options.minutes, steps=options.steps, rate=1e-3)
+
+
+if __name__ == "__main__":
+    main()
