@@ -112,6 +112,7 @@ class RuntimeSettings(io.ComfyNode):
                 io.Combo.Input(
                     "attention",
                     options=list(ATTENTIONS),
+                    optional=True,
                     default="exact",
                     advanced=True,
                     tooltip="int8: queries times keys in 8 bits, faster; slightly other pictures.",
@@ -119,6 +120,7 @@ class RuntimeSettings(io.ComfyNode):
                 io.Combo.Input(
                     "kv_cache",
                     options=list(KV_CACHES),
+                    optional=True,
                     default="full",
                     advanced=True,
                     tooltip="fp8: what the model remembers of past blocks in 8 bits, half that memory; slightly other "
@@ -126,6 +128,7 @@ class RuntimeSettings(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "vram",
+                    optional=True,
                     default=0.0,
                     min=0.0,
                     max=1024.0,
