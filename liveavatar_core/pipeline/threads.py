@@ -76,6 +76,7 @@ class ThreadedPipeline:
                 worker.lane.release_to_caller()
                 with suppress(StageError):  # whatever it is, the stream is over
                     worker.settle()
+        self._workers.clear()  # they know us: without this only the garbage collector could free a stage's memory
 
     def prefill(self, version: int, reference: Tensor, motion: Tensor) -> None:
         """Compute a version of the attention sink on every stage. Blocks that look at it wait for it by themselves."""

@@ -1,0 +1,76 @@
+"""What a stream leaves behind: nothing, at once. Its caches are most of a card, and the next node may need them."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import closing
+
+import pytest
+import torch
+
+from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
+from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
+from liveavatar_core.geometry import Geometry
+from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.runtime.runtime import Runtime
+from liveavatar_core.types import BlockRequest, Conditioning
+
+GEOMETRY = Geometry(64, 64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+    files = DemoFiles(tmp_path_factory.mktemp("demo"))
+    write_dit(files, seed=0)
+    return ModelSpec(files.single_file)
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref]]:
+    """All that were made, while nothing collects garbage."""
+    made, begin = [], Stage.__init__
+
+    def note(self, *arguments, **named) -> None:
+        made.append(weakref.ref(self))
+        begin(self, *arguments, **named)
+
+    monkeypatch.setattr(Stage, "__init__", note)
+    gc.collect()
+    gc.disable()
+    yield made
+    gc.enable()
+
+
+def blocks_of(model: ModelSpec, devices: int, broken: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+    runtime = Runtime()
+    plan = runtime.ensure(model, DEMO_CONFIG, RuntimeSpec(("cpu",) * devices, precision="fp32"), 4)
+    latent = (16, GEOMETRY.latent_height, GEOMETRY.latent_width)
+    conditioning = Conditioning(
+        torch.zeros(3, DEMO_CONFIG.text_dim), torch.zeros(16, 1, *latent[1:]), torch.zeros(16, 19, *latent[1:])
+    )
+
+    def request(block: int) -> BlockRequest:
+        if block == broken:
+            raise RuntimeError("the sound is over")
+        return BlockRequest(block, torch.zeros(1, DEMO_CONFIG.audio_states, DEMO_CONFIG.audio_dim, 12))
+
+    return runtime.latents(plan, GEOMETRY, SamplingConfig(), conditioning, request, 3, lambda: False)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("pulled", [1, 3])
+def test_stages_are_gone_when_the_stream_is(model, stages, devices: int, pulled: int) -> None:
+    with closing(blocks_of(model, devices)) as latents:
+        for _ in range(pulled):
+            next(latents)
+    assert stages and not [stage for stage in stages if stage() is not None]
+
+
+def test_stages_are_gone_when_the_stream_failed(model, stages) -> None:
+    try:
+        list(blocks_of(model, 1, broken=2))
+    except RuntimeError:
+        pass
+    else:
+        raise AssertionError("it did not fail")
+    assert stages and not [stage for stage in stages if stage() is not None]
