@@ -52,6 +52,7 @@ def test_a_head_survives_eight_bits(make, kind, bound):
     for x in make():
         heads = quantise_heads(x, kind=kind)
         assert heads.values.dtype == kind and heads.scale.shape == x.shape[:-1]
+        assert heads.values.float().abs().amax(-1).eq(127 if kind == torch.int8 else 448).all()
         got = dequantise_heads(heads, torch.float32)
         if kind == torch.int8:
             got = got @ hadamard(HEAD, x.device).float() / HEAD**0.5
