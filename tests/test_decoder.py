@@ -80,6 +80,8 @@ def test_a_sum_is_added_up_once(decoder):
     weight = torch.zeros(8, 8, 3, 1, 1, dtype=torch.float64)
     weight[:, :, 2, 0, 0] = torch.eye(8)  # the newest frame, as it is
     want = x + bias + skip
-    total, y = causal(Sum(x, bias, skip), past, weight, keep=True)
+    maps = Sum(x, bias, skip)
+    total, y = causal(maps, past, weight, keep=True)
     for got in (total, y, past):
         torch.testing.assert_close(got, want, rtol=0, atol=EXACT)
+    assert maps == Sum(None), "what has been used up must not be kept alive"

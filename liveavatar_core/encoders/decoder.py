@@ -29,7 +29,7 @@ def decode(decoder: wan.WanDecoder3d, z_THWC: Tensor, past: Past) -> Tensor:
             maps = _residual(resnet, maps, past)
         for upsampler in block.upsamplers or ():
             maps = _upsample(upsampler, maps, past, begins)
-    return add_up(_causal(decoder.conv_out, maps, past, decoder.norm_out)[1])
+    return add_up(*_causal(decoder.conv_out, maps, past, decoder.norm_out)[1].take())
 
 
 def _causal(
@@ -43,7 +43,7 @@ def _causal(
 
 def _past_of(conv: wan.WanCausalConv3d, maps: Sum, past: Past) -> Tensor:
     if conv not in past:
-        past[conv] = maps.x_THWC.new_zeros((PAST, *maps.x_THWC.shape[1:]))
+        past[conv] = maps.x_THWC.new_zeros((PAST, *maps.shape[1:]))
     return past[conv]
 
 
@@ -52,11 +52,12 @@ def _residual(block: wan.WanResidualBlock, maps: Sum, past: Past) -> Sum:
     _, maps = _causal(block.conv2, maps, past, block.norm2)
     if isinstance(block.conv_shortcut, nn.Conv3d):
         skip = F.linear(skip, block.conv_shortcut.weight.flatten(1), block.conv_shortcut.bias)
-    return Sum(maps.x_THWC, maps.bias_C, skip)
+    maps.skip_THWC = skip
+    return maps
 
 
 def _attend(attention: wan.WanAttentionBlock, maps: Sum) -> Sum:
-    x = add_up(maps).unsqueeze(0).permute(0, 4, 1, 2, 3)
+    x = add_up(*maps.take()).unsqueeze(0).permute(0, 4, 1, 2, 3)
     return Sum(attention(x).permute(0, 2, 3, 4, 1)[0].contiguous())
 
 

@@ -20,16 +20,23 @@ log = logging.getLogger(__name__)
 PAST = 2  # frames that a causal convolution sees beside each one
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sum:
-    """Maps on the way from one convolution to the next: x + bias + skip, added up by whoever reads them.
+    """Maps on the way from one convolution to the next: x + bias + skip, added up by whoever takes them."""
 
-    Whoever does uses them up: results may lie in their memory.
-    """
-
-    x_THWC: Tensor
+    x_THWC: Tensor | None
     bias_C: Tensor | None = None
     skip_THWC: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x_THWC.shape
+
+    def take(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x, bias and skip, to be written over. Nothing stays here, so that no caller keeps alive what is done with."""
+        parts = self.x_THWC, self.bias_C, self.skip_THWC
+        self.x_THWC = self.bias_C = self.skip_THWC = None
+        return parts
 
 
 @cache
@@ -72,13 +79,12 @@ def _own(weight: Tensor, outputs: int) -> bool:
     return _kernels(weight.device).widths(outputs) is not None
 
 
-def add_up(maps: Sum) -> Tensor:
-    """The sum, in the memory of `maps`."""
-    total_THWC = maps.x_THWC
-    for part in (maps.bias_C, maps.skip_THWC):
+def add_up(x_THWC: Tensor, bias_C: Tensor | None, skip_THWC: Tensor | None) -> Tensor:
+    """The sum of what there is, in the memory of x."""
+    for part in (bias_C, skip_THWC):
         if part is not None:
-            total_THWC += part
-    return total_THWC
+            x_THWC += part
+    return x_THWC
 
 
 def norm_silu(x: Tensor, gamma_C: Tensor) -> Tensor:
@@ -96,12 +102,14 @@ def causal(
     last. With `gamma_C` the sum is normed for it. Zeros beyond the edges.
     """
     own = _own(weight, len(weight))
-    total, seen = _gather(maps, past, gamma_C, keep=keep, edge=int(own))
+    x, bias, skip = maps.take()
+    total, seen = _gather(x, bias, skip, past, gamma_C, keep=keep, edge=int(own))
     rows, columns = (size // 2 for size in weight.shape[3:])
     if not own:
+        del x, skip  # the convolution may have the memory
         y = F.conv3d(seen.unsqueeze(0).permute(0, 4, 1, 2, 3), weight, padding=(0, rows, columns))
         return total, y.permute(0, 2, 3, 4, 1)[0].contiguous()
-    x, kernel, convolve = maps.x_THWC, weight.permute(0, 2, 3, 4, 1).contiguous(), _kernels(weight.device).convolve
+    kernel, convolve = weight.permute(0, 2, 3, 4, 1).contiguous(), _kernels(weight.device).convolve
     if len(weight) == 3:
         # Too few channels to fill a product: the taps in time become channels, and are added up afterwards.
         y = x.new_empty((*seen.shape[:2], x.shape[2], 9), dtype=torch.float32)
@@ -114,22 +122,29 @@ def causal(
 
 
 def _gather(
-    maps: Sum, past: Tensor | None, gamma_C: Tensor | None, *, keep: bool, edge: int
+    x: Tensor,
+    bias: Tensor | None,
+    skip: Tensor | None,
+    past: Tensor | None,
+    gamma_C: Tensor | None,
+    *,
+    keep: bool,
+    edge: int,
 ) -> tuple[Tensor | None, Tensor]:
     """(the sum if `keep`, the past followed by the sum, normed if so): (T, H, W, C) and (T + 2, H, W + edge, C).
 
-    The edge is zeros. `past` moves on.
+    The edge is zeros. `past` moves on. The sum lies in the memory of x or skip.
     """
-    x, before = maps.x_THWC, 0 if past is None else PAST
+    before = 0 if past is None else PAST
     frames, rows, columns, channels = x.shape
     seen = x.new_empty((before + frames, rows, columns + edge, channels))
     seen[:, :, columns:] = 0
     kernels = _kernels(x.device)
     if kernels and frames >= PAST and channels % 16 == 0:
-        total = x if maps.skip_THWC is None else maps.skip_THWC
-        kernels.gather(x, maps.bias_C, maps.skip_THWC, gamma_C, total if keep else None, seen, past)
-        return total if keep else None, seen
-    total, inside = add_up(maps), seen[:, :, :columns]
+        total = (x if skip is None else skip) if keep else None
+        kernels.gather(x, bias, skip, gamma_C, total, seen, past)
+        return total, seen
+    total, inside = add_up(x, bias, skip), seen[:, :, :columns]
     for t in range(frames):
         inside[before + t] = total[t] if gamma_C is None else norm_silu(total[t], gamma_C)
     if past is not None:
@@ -142,8 +157,8 @@ def twice(maps: Sum, past: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Two frames of each, (2 T, H, W, N), by a kernel (2 N, C, 3, 1, 1): its first half makes the earlier."""
     half = len(weight) // 2
     if _own(weight, half):
-        _, seen = _gather(maps, past, None, keep=False, edge=1)
-        frames, rows, columns, _ = maps.x_THWC.shape
+        frames, rows, columns, _ = maps.shape
+        _, seen = _gather(*maps.take(), past, None, keep=False, edge=1)
         out = seen.new_empty((2 * frames, rows, columns, half))
         for i, (part, part_bias) in enumerate(zip(weight.chunk(2), bias.chunk(2), strict=True)):
             _kernels(seen.device).convolve(seen, part.permute(0, 2, 3, 4, 1).contiguous(), part_bias, out[i::2], 0, 0)
@@ -155,13 +170,13 @@ def twice(maps: Sum, past: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def double(maps: Sum, weight: Tensor) -> Tensor:
     """Every pixel of the sum four times, then a kernel (N, C, 3, 3) -> (T, 2 H, 2 W, N)."""
     if _own(weight, len(weight)):
-        frames, rows, columns, _ = maps.x_THWC.shape
-        _, seen = _gather(maps, None, None, keep=False, edge=1)
+        frames, rows, columns, _ = maps.shape
+        _, seen = _gather(*maps.take(), None, None, keep=False, edge=1)
         out = seen.new_empty((frames, 2 * rows, 2 * columns, len(weight)))
         for (down, right), quarter in _quarters(weight):
             _kernels(seen.device).convolve(seen, quarter, None, out[:, down::2, right::2], 1 - down, 1 - right)
         return out
-    doubled = F.interpolate(add_up(maps).permute(0, 3, 1, 2), scale_factor=2, mode="nearest-exact")
+    doubled = F.interpolate(add_up(*maps.take()).permute(0, 3, 1, 2), scale_factor=2, mode="nearest-exact")
     return F.conv2d(doubled, weight, padding=1).permute(0, 2, 3, 1).contiguous()
 
 
