@@ -9,7 +9,6 @@ from test_running import node_of, pictures, the_video
 
 from launch.client import WorkflowFailed
 
-
 EXACT = {"attention": "exact", "kv_cache": "full", "vram": 0.0}
 
 
