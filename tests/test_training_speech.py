@@ -71,10 +71,8 @@ def test_a_sound_has_its_mouth():
     assert heard.samples.shape == (3 * SAMPLE_RATE,) and heard.mouth.shape == (3, 3 * RATE)
     assert heard.samples.dtype == numpy.float32 and numpy.abs(heard.samples).max() <= 1
     loud = numpy.abs(heard.samples).reshape(-1, SAMPLE_RATE // RATE).mean(1)
-    assert (
-        heard.mouth[OPEN].max() > 0.5
-        and loud[heard.mouth[OPEN] > 0.3].mean() > 3 * loud[heard.mouth[OPEN] < 0.01].mean()
-    )
+    opening = heard.mouth[OPEN]
+    assert loud[opening > 0.3].mean() > 3 * loud[opening < 0.01].mean() > 0
 
 
 def test_music_leaves_the_mouth_closed():

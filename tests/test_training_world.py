@@ -48,8 +48,8 @@ def test_lips_and_lids_change_the_picture_where_their_boxes_are(kind):
             change = (paint(look, pose, SIDE, SIDE) - rest)[0].abs().sum(0)
             within = inside(place(look, pose)[0])
             # an opening mouth lets the chin fall too
-            assert change[within].mean() > 4 * change[~within].mean() > 0, (kind, seed, moved)
-            assert change.max() == change[within].max()
+            assert change[within].mean() > 4 * change[~within].mean(), (kind, seed, moved)
+            assert change.max() == change[within].max() > 0.3
 
 
 def test_every_kind_of_mouth_looks_different():
@@ -84,10 +84,9 @@ def test_light_grade_and_background_change_what_they_should():
     def changed(**how: str) -> torch.Tensor:
         return paint(replace(look, **how), Pose.still(), SIDE, SIDE)
 
-    warmth = {
-        name: (p[0, 0].mean() - p[0, 2].mean()).item() for name in LIGHTS if (p := changed(light=name)) is not None
-    }
-    assert warmth["candle"] > warmth["warm"] > warmth["neutral"] > warmth["daylight"]
+    means = {name: changed(light=name)[0].mean((1, 2)) for name in LIGHTS}
+    warmth = {name: (red / blue).item() for name, (red, _, blue) in means.items()}
+    assert min(warmth["candle"], warmth["warm"], warmth["golden"]) > warmth["neutral"] > warmth["daylight"]
     film = changed(grade="film")
     assert film.std(dim=1).max() < 1e-5 < plain.std(dim=1).max()
     face = inside(torch.tensor([look.x, look.y, 0.15, 0.2]))

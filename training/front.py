@@ -56,7 +56,7 @@ def new_front() -> Wav2Vec2ForCTC:
 
 def make_sounds(seeds: range, seconds: float, *, held_out: bool = False) -> Iterator[Sound]:
     """In as many processes as there are cores: espeak-ng speaks one sentence at a time."""
-    workers = min(len(os.sched_getaffinity(0)), len(seeds))
+    workers = min(os.cpu_count() or 1, len(seeds))
     if workers == 1:
         yield from (sound(seed, seconds, held_out=held_out) for seed in seeds)
         return

@@ -176,6 +176,10 @@ def main() -> None:
     if weights := read_weights(options.folder, "vae"):
         model.load_state_dict(weights)
     model = model.to(device)
+    if device == "cuda":
+        for parameter in model.parameters():
+            if parameter.dim() == 5:  # convolutions of few channels like them side by side
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     reached = read_log(options.folder, "vae")
     seed = (reached[-1]["step"] if reached else 0) * FRESH + 10_000
     batch = batches(device, side=options.side, size=options.batch, first_seed=seed)

@@ -6,13 +6,14 @@ streams, because the rotary positions of a batch are common.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from liveavatar_core.encoders.audio_features import FeatureStream, SpeechEncoder
+from liveavatar_core.encoders.vae import WanVAE
 from liveavatar_core.geometry import (
     DEFAULT_FPS,
     FRAMES_PER_BLOCK,
@@ -64,16 +65,14 @@ class Group:
 class Encoders:
     """Finished models of the other stages, on one device."""
 
-    encode: object  # (3, T, H, W) in [-1, 1] -> (C, t, h, w) normalised
-    sounds: Sequence[Sound]
-    features: Sequence[FeatureStream]  # of the sounds
-    read: object  # prompts -> (B, length, width)
-    side: int
+    vae: WanVAE
+    speech: SpeechEncoder
+    read: Callable[[list[str]], Tensor]  # prompts -> (B, length, width)
+    side: int  # of the pictures, px
     device: torch.device | str
 
-
-def listen(sounds: Sequence[Sound], encoder: SpeechEncoder) -> list[FeatureStream]:
-    return [FeatureStream(spoken.samples, encoder, fps=DEFAULT_FPS) for spoken in sounds]
+    def listen(self, sounds: Sequence[Sound]) -> list[FeatureStream]:
+        return [FeatureStream(spoken.samples, self.speech, fps=DEFAULT_FPS) for spoken in sounds]
 
 
 def draw_scene(seed: int, *, held_out: bool = False) -> Scene:
@@ -102,19 +101,28 @@ def draw_scene(seed: int, *, held_out: bool = False) -> Scene:
     return Scene(picture, video, wish.action or "talk", prompt, ajar)
 
 
-def make_group(seed: int, size: int, known: Encoders) -> Group:
+def make_group(seed: int, size: int, known: Encoders, sounds: Sequence[Sound], heard: Sequence[FeatureStream]) -> Group:
+    """`heard`: the sounds, as `listen` gives them."""
     generator = random.Random(f"group {seed}")
     first = 0 if generator.random() < 0.5 else generator.randrange(1, LATEST)
     scenes = [draw_scene(seed * size + i) for i in range(size)]
-    parts = [_clip(scene, first, generator, known) for scene in scenes]
+    parts = []
+    for scene in scenes:
+        number = generator.randrange(len(sounds))
+        parts.append(_clip(scene, first, generator, known, sounds[number], heard[number]))
     names = ("latents", "reference", "anchor", "motion", "features", "weight")
     stacked = {name: torch.stack([part[name] for part in parts]) for name in names}
     return Group(first, text=known.read([scene.prompt for scene in scenes]), **stacked)
 
 
-def _clip(scene: Scene, first_block: int, generator: random.Random, known: Encoders) -> dict[str, Tensor]:
-    number = generator.randrange(len(known.sounds))
-    spoken, stream = known.sounds[number], known.features[number]
+def _clip(
+    scene: Scene,
+    first_block: int,
+    generator: random.Random,
+    known: Encoders,
+    spoken: Sound,
+    stream: FeatureStream,
+) -> dict[str, Tensor]:
     begin = generator.randrange(max(1, stream.frames // FRAMES_PER_BLOCK - BLOCKS + 1))
     frames = BLOCKS * FRAMES_PER_BLOCK
     poses = perform(spoken.mouth, scene.action, begin * FRAMES_PER_BLOCK, frames, first_block * FRAMES_PER_BLOCK)
@@ -129,7 +137,7 @@ def _clip(scene: Scene, first_block: int, generator: random.Random, known: Encod
         pictures.append(draw(scene.video, perform(spoken.mouth, scene.action, start, FRAMES_PER_LATENT, 0)))
     pictures.append(draw(scene.video, poses))
     pixels = (torch.cat(pictures) * 255).round() / 127.5 - 1
-    latents = known.encode(pixels.transpose(0, 1))
+    latents = known.vae.encode(pixels.transpose(0, 1))
     stills = 1 + (STILLS - 1) // FRAMES_PER_LATENT
     # a picture that holds still gives the same latent again and again
     motion = latents[:, [min(i, stills - 1) for i in range(MOTION_LATENTS)]]

@@ -21,7 +21,7 @@ from liveavatar_core.encoders.vae import read_vae
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.sampling import levels, timestep
-from training.dit.clips import BLOCKS, EYES, Encoders, Group, listen, make_group
+from training.dit.clips import BLOCKS, EYES, Encoders, Group, make_group
 from training.dit.forward import Conditions, conditions, gradients, velocities
 from training.front import make_sounds, new_front
 from training.pool import Pool
@@ -117,11 +117,8 @@ def _levels_to_teach(generator: random.Random) -> tuple[float, ...]:
     return (1.0, middle, 0.00892857 if generator.random() < 0.05 else leap)
 
 
-def load_encoders(models: Path, sounds: range, side: int, device: str) -> Encoders:
+def load_encoders(models: Path, side: int, device: str) -> Encoders:
     """Raises FileNotFoundError where an earlier stage has left nothing."""
-    vae = read_vae(
-        models / "vae.safetensors", dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device
-    )
     front, reader = new_front(), new_text_encoder()
     heard, read = read_weights(models, "front"), read_weights(models, "text")
     if heard is None or read is None:
@@ -130,12 +127,10 @@ def load_encoders(models: Path, sounds: range, side: int, device: str) -> Encode
     reader.load_state_dict({n.removeprefix("encoder."): t for n, t in read.items() if n.startswith("encoder.")})
     reader.to(device).eval()
     tokenizer = read_tokenizer(models)
-    spoken = list(make_sounds(sounds, SOUND_SECONDS))
-    speech = Wav2Vec2Speech(front.wav2vec2.to(device))
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return Encoders(
-        encode=vae.encode,
-        sounds=spoken,
-        features=listen(spoken, speech),
+        vae=read_vae(models / "vae.safetensors", dtype=dtype, device=device),
+        speech=Wav2Vec2Speech(front.wav2vec2.to(device)),
         read=lambda prompts: encode_prompts(reader, tokenizer, prompts),
         side=side,
         device=device,
@@ -162,8 +157,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     history = read_log(options.folder, "dit")
     done = history[-1]["step"] if history else 0
-    sounds = range(100_000 + done, 100_000 + done + options.sounds)
-    known = load_encoders(options.models, sounds, options.side, device)
+    # before anything is on the GPU: the processes that speak are forked
+    sounds = list(make_sounds(range(100_000 + done, 100_000 + done + options.sounds), SOUND_SECONDS))
+    known = load_encoders(options.models, options.side, device)
+    heard = known.listen(sounds)
     torch.manual_seed(0)
     model = new_dit()
     if weights := read_weights(options.folder, "dit"):
@@ -172,7 +169,7 @@ def main() -> None:
 
     @torch.no_grad()
     def make(seed: int) -> Group:
-        return make_group(seed, options.batch, known)
+        return make_group(seed, options.batch, known, sounds, heard)
 
     pool = Pool(options.groups, make, first_seed=done * 10, begin_with=options.begin)
 

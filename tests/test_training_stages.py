@@ -1,0 +1,254 @@
+"""The stages of training at toy sizes: they learn, they resume, and what they see is what inference will see."""
+
+import random
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from liveavatar_core.config import ModelConfig
+from liveavatar_core.encoders.audio_features import Wav2Vec2Speech, hidden_length
+from liveavatar_core.encoders.vae import WanVAE, load_vae
+from liveavatar_core.geometry import FRAMES_PER_BLOCK
+from liveavatar_core.model.dit import CausalDiT
+from training import run, vae
+from training.dit import clips
+from training.dit.clips import Encoders, draw_scene, make_group
+from training.dit.forward import gradients
+from training.dit.train import losses
+from training.export import official_vae_names
+from training.front import mouth_at_states, new_front, normalised
+from training.lips import read_opening
+from training.pool import Pool
+from training.prompts import NAMED, draw_wish, write
+from training.sizes import DEMO
+from training.speech.sounds import Sound, music
+from training.text import Reader, encode_prompts, labels, read_tokenizer, tokenize
+from training.world.looks import KINDS, draw_look, is_held_out
+from training.world.painter import paint
+from training.world.pose import Pose
+
+SIDE = 32
+CLIP_SIDE = 64  # the least that has tokens for old motion
+
+
+@pytest.fixture(scope="module")
+def small_vae():
+    torch.manual_seed(0)
+    return vae.new_vae(8).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def moving():
+    return torch.stack([vae.draw_clip(seed, SIDE, "cpu") for seed in range(3)]).float() / 127.5 - 1
+
+
+def test_many_clips_are_coded_as_the_engine_codes_one(small_vae, moving):
+    engine = WanVAE(small_vae)
+    mean, _ = vae.encode(small_vae, moving)
+    drawn = vae.decode(small_vae, mean)
+    shape = (-1, 1, 1, 1)
+    for one, latent, frames in zip(moving, mean, drawn, strict=True):
+        normal = (latent - engine.latent_mean.view(shape)) / engine.latent_std.view(shape)
+        torch.testing.assert_close(engine.encode(one), normal, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(engine.decode(normal, clamp=False), frames, rtol=1e-4, atol=1e-4)
+
+
+def test_published_names_and_scaled_latents(small_vae, moving):
+    scaled = vae.new_vae(8)
+    scaled.load_state_dict(small_vae.state_dict())
+    vae.normalise(scaled, moving)
+    engine = load_vae(official_vae_names(scaled.state_dict(), 8), dtype=torch.float32, device="cpu")
+    latents = torch.stack([engine.encode(clip) for clip in moving])
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), rtol=0, atol=1e-3)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), rtol=1e-3, atol=0)
+    before = vae.decode(small_vae, vae.encode(small_vae, moving)[0])
+    torch.testing.assert_close(engine.decode(latents[0], clamp=False), before[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_vae_learns_and_its_next_slice_goes_on(tmp_path, moving):
+    torch.manual_seed(0)
+    model = vae.new_vae(8)
+
+    def learn(model, steps):
+        def lose(step):
+            return vae.losses(model, moving[:1, :, :5])
+
+        return run.minimise("vae", model, lose, tmp_path, minutes=2, steps=steps, rate=2e-3)
+
+    assert learn(model, 8) == 8
+    resumed = vae.new_vae(8)
+    resumed.load_state_dict(run.read_weights(tmp_path, "vae"))
+    for a, b in zip(resumed.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b.bfloat16().float())
+    assert learn(resumed, 16) == 16
+    steps = [entry["step"] for entry in run.read_log(tmp_path, "vae")]
+    pixels = [entry["pixels"] for entry in run.read_log(tmp_path, "vae")]
+    assert steps == [8, 16] and pixels[1] < pixels[0]
+    assert (tmp_path / "vae.png").stat().st_size > 1000
+
+
+def test_a_slice_stops_in_time_and_keeps_what_it_has(tmp_path):
+    model = torch.nn.Linear(2, 2)
+
+    def lose(step):
+        return {"loss": model.weight.sum()}
+
+    assert run.minimise("x", model, lose, tmp_path, minutes=0, steps=9, rate=1) == 0
+    assert run.read_weights(tmp_path, "x").keys() == {"weight", "bias"} and run.read_weights(tmp_path, "y") is None
+
+
+def test_checkpoints_come_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PART_BYTES", 100)
+    state = {f"t{i}": torch.randn(20) for i in range(5)} | {"count": torch.arange(3)}
+    for _ in range(2):  # the second time over the first
+        run.save_weights(tmp_path, "big", state)
+    assert all(sum(t.nbytes for t in load_file(p).values()) <= 100 for p in tmp_path.glob("big.*.safetensors"))
+    read = run.read_weights(tmp_path, "big")
+    assert read.keys() == state.keys() and torch.equal(read["count"], state["count"])
+    assert all(torch.equal(read[n], t.bfloat16().float()) for n, t in state.items() if n != "count")
+
+
+def test_the_pool_forgets_the_oldest():
+    pool = Pool(4, lambda seed: seed, first_seed=7, begin_with=2)
+    assert set(pool.draw(50, random.Random(0))) == {7, 8}
+    pool.refresh(4)
+    assert set(pool.draw(99, random.Random(0))) == {9, 10, 11, 12}
+
+
+def test_the_front_is_what_the_engine_takes():
+    speech = Wav2Vec2Speech(new_front().wav2vec2)
+    wave = normalised(music(1, 1.0).samples)
+    with torch.no_grad():
+        states = speech(wave)
+    assert tuple(states.shape) == (DEMO.audio_states, hidden_length(16_000), DEMO.audio_dim)
+    assert wave.mean().abs() < 1e-5 and wave.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_mouths_are_seen_where_states_listen():
+    mouth = numpy.zeros((3, 100), numpy.float32)
+    mouth[0, 50:] = 1  # opens at 0.5 s
+    opened = mouth_at_states(Sound(numpy.zeros(16_000, numpy.float32), mouth), 0, 49)[:, 0]
+    # state j hears 400 samples from 320 j on: number 24 ends at 0.505 s, number 25 begins at 0.5 s
+    assert opened[23] == 0 and opened[25] == 1
+
+
+def test_prompts_say_what_is_wished(tmp_path):
+    tokenizer = read_tokenizer(tmp_path)
+    generator = random.Random(0)
+    wishes = [draw_wish(generator, kind) for kind in KINDS for _ in range(30)]
+    prompts = [write(wish, generator) for wish in wishes]
+    for wish, prompt in zip(wishes, prompts, strict=True):
+        for name, words in NAMED.items():
+            said = prompt.lower()
+            named = {key for key, phrases in words.items() if any(phrase.lower() in said for phrase in phrases)}
+            wanted = getattr(wish, name)
+            assert wanted is None or wanted in named, (prompt, name, wanted)
+    tokens = tokenize(tokenizer, prompts)
+    assert tokens.shape[1] <= DEMO.text_len and (tokens == 1).sum(1).eq(1).all()
+    assert torch.equal(tokenize(tokenizer, ["An ANIME girl"]), tokenize(tokenizer, ["an anime girl"]))
+    wanted = labels(wishes)
+    assert [1 + list(NAMED["light"]).index(w.light) if w.light else 0 for w in wishes] == wanted["light"].tolist()
+    reader = Reader().eval()
+    text = encode_prompts(reader.encoder, tokenizer, prompts[:4])
+    assert text.shape == (4, DEMO.text_len, DEMO.text_dim)
+    for row, length in zip(text, (tokens[:4] != 0).sum(1), strict=True):
+        assert not row[length:].any() and row[:length].any(1).all()
+    alone = encode_prompts(reader.encoder, tokenizer, prompts[1:2])
+    torch.testing.assert_close(text[1:2], alone, rtol=1e-4, atol=1e-5)  # neighbours in the batch change nothing
+
+
+def test_scenes_keep_what_is_not_named():
+    scenes = [draw_scene(seed) for seed in range(200)]
+    assert any(s.picture.background != s.video.background for s in scenes)
+    for scene in scenes:
+        assert not is_held_out(scene.picture)
+        if not scene.prompt:
+            assert scene.picture == scene.video and scene.action == "talk"
+
+
+@pytest.fixture(scope="module")
+def known():
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(CONFIG.audio_states, 4000, CONFIG.audio_dim, generator=generator)
+
+    def hear(samples):
+        return table[:, : hidden_length(len(samples))]
+
+    def read(prompts):
+        return torch.randn(len(prompts), CONFIG.text_len, CONFIG.text_dim, generator=generator)
+
+    return Encoders(WanVAE(vae.new_vae(4)), hear, read, CLIP_SIDE, "cpu")
+
+
+CONFIG = ModelConfig(
+    dim=64,
+    heads=2,
+    ffn_dim=96,
+    layers=2,
+    audio_layers=(0,),
+    audio_dim=16,
+    audio_states=3,
+    text_dim=16,
+    text_len=8,
+    freq_dim=32,
+)
+
+
+@pytest.fixture(scope="module")
+def heard(known):
+    sounds = [music(seed, 6.0) for seed in range(2)]
+    return sounds, known.listen(sounds)
+
+
+@pytest.fixture(scope="module")
+def groups(known, heard):
+    found = {}
+    for seed in range(20):
+        if len(found) < 2 and bool(random.Random(f"group {seed}").random() < 0.5) not in found:
+            group = make_group(seed, 1, known, *heard)
+            found[group.first_block == 0] = group
+    return found
+
+
+def test_a_clip_is_what_inference_would_encode(groups, heard):
+    for at_start, group in groups.items():
+        assert group.latents.shape == (1, clips.BLOCKS, 16, 3, CLIP_SIDE // 8, CLIP_SIDE // 8)
+        assert group.features.shape == (1, clips.BLOCKS, CONFIG.audio_states, CONFIG.audio_dim, FRAMES_PER_BLOCK)
+        assert group.motion.shape[2] == 19 and group.weight.amin() == 1 and group.weight.amax() == 1 + clips.MOUTH
+        first = group.latents[:, 0, :, :1]
+        assert torch.equal(group.anchor, first) == at_start
+        blocks = [stream.block(n).bfloat16() for stream in heard[1] for n in range(6)]
+        assert any(torch.equal(group.features[0, 0], block) for block in blocks)
+
+
+@pytest.mark.parametrize("teach", [True, False])
+def test_the_dit_learns(groups, tmp_path, teach):
+    torch.manual_seed(0)
+    model = CausalDiT(CONFIG)
+    torch.nn.init.zeros_(model.head.head.weight)
+
+    def lose(step):
+        return losses(model, groups[True], step % 4, blocks=2, teach=teach)
+
+    with gradients(fuse=False):
+        before = sum(lose(step)["loss"].item() for step in range(4))
+        run.minimise("dit", model, lose, tmp_path, minutes=2, steps=40, rate=1e-2)
+        after = sum(lose(step)["loss"].item() for step in range(4))
+    assert after < 0.85 * before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_openings_are_read_off_pictures(kind):
+    look = draw_look(11, kind)
+    said = torch.tensor([0.0, 0.07, 0.25, 0.5, 0.9])
+    rows = Pose.still(wide=0.3).rows().repeat(5, 1)
+    rows[:, 0] = said
+    pose = Pose.of(rows)
+    frames = paint(look, pose, 128, 128)
+    torch.testing.assert_close(read_opening(frames, look, pose), said, rtol=0, atol=0.05)
+    noisy = (frames + 0.03 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    torch.testing.assert_close(read_opening(noisy, look, pose), said, rtol=0, atol=0.08)
+    assert read_opening(frames.flip(0), look, pose)[0] > 0.8  # and not off the pose that is handed over
