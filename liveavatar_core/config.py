@@ -110,6 +110,7 @@ class RuntimeSpec:
     kv_cache: Literal["full", "fp8"] = "full"  # fp8: keys and values of past blocks in 8 bits
     vram: float | None = None  # GiB that may be used of each GPU; None: all that is free
     decoder: str = "auto"  # device of the VAE, or auto: where it disturbs least
+    cluster: str | None = None  # stages in processes of a Ray cluster: its address, or local; None: in this process
 
     def __post_init__(self) -> None:
         if not self.devices:

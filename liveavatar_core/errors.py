@@ -35,4 +35,4 @@ class StageError(LiveAvatarError):
     def __init__(self, stage: int, block: int, step: int, reason: str) -> None:
         what = "prefill" if step < 0 else f"block {block}, step {step}"
         super().__init__(f"stage {stage} failed at {what}: {reason}")
-        self.stage, self.block, self.step = stage, block, step
+        self.stage, self.block, self.step, self.reason = stage, block, step, reason

@@ -144,13 +144,21 @@ class RuntimeSettings(io.ComfyNode):
                     advanced=True,
                     tooltip="Device that decodes. auto: the one where it disturbs least, or one of its own.",
                 ),
+                io.String.Input(
+                    "cluster",
+                    optional=True,
+                    default="",
+                    advanced=True,
+                    tooltip="Empty: all in ComfyUI's own process. Address of a Ray cluster (host:port), or local: "
+                    "every device is a process of its own, on any of the cluster's machines.",
+                ),
             ],
             outputs=[RuntimeSocket.Output("LIVEAVATAR_RUNTIME", display_name="runtime")],
         )
 
     @classmethod
     def execute(
-        cls, devices, plan, precision, attention="exact", kv_cache="full", vram=0.0, vae_device="auto"
+        cls, devices, plan, precision, attention="exact", kv_cache="full", vram=0.0, vae_device="auto", cluster=""
     ) -> io.NodeOutput:
         names = tuple(name.strip() for name in devices.split(",") if name.strip())
         return io.NodeOutput(
@@ -162,6 +170,7 @@ class RuntimeSettings(io.ComfyNode):
                 kv_cache=kv_cache,
                 vram=vram or None,
                 decoder=vae_device.strip(),
+                cluster=cluster.strip() or None,
             )
         )
 

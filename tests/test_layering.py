@@ -62,6 +62,16 @@ def test_nodes_leave_the_model_alone():
             assert not module.startswith("liveavatar_core.model"), f"{path.name} reaches into {module}"
 
 
+def test_what_is_optional_stays_in_its_files():
+    """Ray and torch.distributed are imported where processes are meant, and nowhere else."""
+    homes = {"ray": {"cluster.py"}, "torch.distributed": {"exchange.py", "process.py"}}
+    for path in CORE_FILES:
+        for module in imports(path):
+            for name, files in homes.items():
+                inside = module == name or module.startswith(f"{name}.")
+                assert not inside or path.name in files, f"{path.name} imports {module}"
+
+
 def test_no_side_doors():
     """No code is downloaded, built from text, or run in a shell."""
     for path in [*CORE_FILES, *(ROOT / "nodes").glob("*.py"), ROOT / "__init__.py"]:

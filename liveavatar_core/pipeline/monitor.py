@@ -95,6 +95,13 @@ class Monitor:
             self._spans.append(Span(DECODER, "compute", block, 0, min(now, max(free, there)), now))
             self._shown.append((block, now))
 
+    def drain(self) -> list[Span]:
+        """The spans since the last call, which are forgotten here."""
+        with self._lock:
+            spans = list(self._spans)
+            self._spans.clear()
+        return spans
+
     @property
     def spans(self) -> list[Span]:
         with self._lock:

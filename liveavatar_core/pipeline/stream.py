@@ -13,7 +13,6 @@ from torch import Tensor
 from liveavatar_core.config import SamplingConfig
 from liveavatar_core.errors import Cancelled
 from liveavatar_core.geometry import FRAMES_DROPPED, PRIME_LATENTS
-from liveavatar_core.pipeline.threads import ThreadedPipeline
 from liveavatar_core.types import BlockRequest, Conditioning
 
 POLL_SECONDS = 0.05  # how long a cancel may go unnoticed while a block is being made
@@ -27,6 +26,20 @@ class VideoDecoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor: ...
 
 
+class Pipeline(Protocol):
+    """The stages of one stream, wherever they are; a context manager, whose end stops them."""
+
+    def __enter__(self) -> "Pipeline": ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def prefill(self, version: int, reference: Tensor, motion: Tensor) -> None: ...
+
+    def submit(self, request: BlockRequest) -> None: ...
+
+    def result(self, timeout: float) -> tuple[int, Tensor] | None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class FrameChunk:
     """Finished frames of one block."""
@@ -37,7 +50,7 @@ class FrameChunk:
 
 
 def denoise(
-    pipeline: ThreadedPipeline,
+    pipeline: Pipeline,
     conditioning: Conditioning,
     sampling: SamplingConfig,
     request: Callable[[int], BlockRequest],
@@ -70,7 +83,7 @@ def _with_sink(request: BlockRequest, reanchor: int | None) -> BlockRequest:
     return BlockRequest(request.block, request.features, sink, request.noise, request.pose, request.mask)
 
 
-def _wait(pipeline: ThreadedPipeline, should_stop: Callable[[], bool]) -> Tensor:
+def _wait(pipeline: Pipeline, should_stop: Callable[[], bool]) -> Tensor:
     while True:
         if should_stop():
             raise Cancelled("the stream was stopped; the blocks made so far are kept")

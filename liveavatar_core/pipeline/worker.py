@@ -77,22 +77,23 @@ class Worker:
         self.stage, self.lane = stage, lane
         self._monitor, self._changed, self._has_room, self._pass_on = monitor, changed, has_room, pass_on
         self.waiting: list[Waiting] = []  # guarded by `changed`
-        self._closed = False
+        self.closed = False  # likewise
         self._given: deque[_Given] = deque()
         self._copies: deque[tuple[At, Mark, Mark]] = deque()
         self._seconds: dict[bool, float] = {}  # of the latest prefill, of the latest hop
         self._free = 0.0  # when the device was last seen to finish something
-        self._at = PREFILL, PREFILL  # block and step of what it was last given
+        self.at = PREFILL, PREFILL  # block and step of what it was last given
 
     def put(self, item: Waiting) -> None:
         with self._changed:
-            self.waiting.append(item)
-            self._changed.notify_all()
+            if not self.closed:
+                self.waiting.append(item)
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Take nothing more."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self.waiting.clear()
             self._changed.notify_all()
 
@@ -106,7 +107,7 @@ class Worker:
         except StageError:
             raise
         except Exception as error:  # a border: whatever it is, the driver must hear of it
-            raise self._named(error, self._at) from error
+            raise self._named(error, self.at) from error
 
     def _named(self, error: Exception, at: At) -> StageError:
         clear_frames(error.__traceback__)  # they hold tensors
@@ -119,7 +120,7 @@ class Worker:
     def _take(self) -> Waiting | None:
         """The next hop's payload, once it is time to give it to the device; None once closed."""
         with self._changed:
-            while not self._closed:
+            while not self.closed:
                 self.settle()
                 wake = None
                 candidates = [w for w in self.waiting if self.stage.ready(w.payload) and self._has_room(w.payload)]
@@ -147,7 +148,7 @@ class Worker:
 
     def _run(self, item: Waiting) -> None:
         payload = item.payload
-        self._at = payload.block, payload.step
+        self.at = payload.block, payload.step
         now = time.perf_counter()
         seconds = self._seconds.get(payload.step == PREFILL, NEVER)
         due = now if item.arrived.passed else item.due
@@ -158,7 +159,7 @@ class Worker:
         done = self.stage.run(payload)
         end = self.lane.mark()
         host = time.perf_counter() - now
-        self._given.append(_Given(self._at, begin, end, host, due, seconds, now))
+        self._given.append(_Given(self.at, begin, end, host, due, seconds, now))
         self._pass_on(done, end, expected)
 
     def settle(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,19 +19,33 @@ from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.model.host_memory import HostMemory
+from liveavatar_core.pipeline.costs import work
 from liveavatar_core.pipeline.monitor import Monitor
 from liveavatar_core.pipeline.plan import Machine, Plan, StageSpec, choose
 from liveavatar_core.pipeline.stage import Stage
-from liveavatar_core.pipeline.stream import denoise
+from liveavatar_core.pipeline.stream import Pipeline, denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
 from liveavatar_core.runtime.choice import Choice, choose_plan
-from liveavatar_core.runtime.memory import HOST, OUTSIDE, MemoryPlan, check, fit, room, table, weight_bytes
+from liveavatar_core.runtime.memory import (
+    HOST,
+    OUTSIDE,
+    MemoryPlan,
+    check,
+    fit,
+    plan_memory,
+    room,
+    table,
+    weight_bytes,
+)
 from liveavatar_core.runtime.probe import measure
 from liveavatar_core.types import BlockRequest, Conditioning
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.lora import open_lora
 from liveavatar_core.weights.reader import WeightReader, open_weights
+
+if TYPE_CHECKING:
+    from liveavatar_core.runtime.cluster import Cluster
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +96,7 @@ class Runtime:
         self._host: dict[StageSpec, tuple[Formats, HostMemory]] = {}  # of stages with an offload
         self._resident: tuple[ModelSpec, str] | None = None  # model and precision of what is loaded
         self._fitted: dict[tuple[MemoryPlan, float | None], MemoryPlan] = {}  # the last plan, as asked and as made
+        self._cluster: Cluster | None = None
         self._streaming = threading.Lock()
 
     @property
@@ -113,6 +129,8 @@ class Runtime:
         """`spec` with the VAE's device decided, since the VAE is needed before the model is loaded."""
         if spec.decoder != "auto":
             return spec
+        if spec.cluster is not None:  # its devices are other processes', the VAE is in this one
+            return replace(spec, decoder="cuda:0" if torch.cuda.is_available() else "cpu")
         if len(set(spec.devices)) == 1:
             return replace(spec, decoder=spec.devices[0])
         return replace(spec, decoder=self.choice(model, config, spec, steps, geometry).plan.decoder)
@@ -133,9 +151,11 @@ class Runtime:
         a GPU has no room for is to be streamed from host memory, as the plan says that comes back, and PlanError says
         what would fit if not even that is enough. Without, only the weights are asked for.
         """
-        _check_devices(spec.devices)
         precision = choose_precision(model, spec.precision)
-        if self._resident != (model, precision):
+        if spec.cluster is not None:
+            return self._ensure_cluster(model, config, spec, steps, precision, geometry)
+        _check_devices(spec.devices)
+        if self._resident != (model, precision) or self._cluster is not None:
             self.unload()
         if geometry is None:
             plan = choose(spec.plan, steps, config.layers, spec.devices)
@@ -159,6 +179,42 @@ class Runtime:
                 self._reserve(device, weight_bytes(config, layers, precision, device))
             self._models[part] = self._load(model, config, part, precision, progress)
         self._resident = (model, precision)
+        return plan
+
+    def _ensure_cluster(
+        self,
+        model: ModelSpec,
+        config: ModelConfig,
+        spec: RuntimeSpec,
+        steps: int,
+        precision: str,
+        geometry: Geometry | None,
+    ) -> Plan:
+        """The same in the processes of a cluster, where every device is one process's own and no host asks for room."""
+        from liveavatar_core.runtime.cluster import Cluster
+
+        if geometry is None:
+            raise PlanError("stages in a cluster need the size of the stream before they are loaded; give its geometry")
+        if self._cluster is None or not self._cluster.serves(spec.cluster, spec.devices, None):
+            self.unload()
+            self._cluster = Cluster(spec.cluster, spec.devices)
+        decoder = spec.devices[0] if spec.decoder == "auto" else spec.decoder
+        todo = work(config, geometry, precision)
+        plan = choose(spec.plan, steps, config.layers, spec.devices, work=todo, decoder=decoder)
+        memory = plan_memory(
+            config, geometry, plan, precision, attention=spec.attention, kv_cache=spec.kv_cache, decoder=decoder
+        )
+        cards = zip(spec.devices, self._cluster.memory, strict=True)
+        free = room({device: nbytes - OUTSIDE for device, nbytes in cards if nbytes is not None}, spec.vram)
+        memory = fit(memory, free)
+        log.info("memory plan\n%s", table(memory, free))
+        check(memory, free)
+        plan = memory.plan
+        if not self._cluster.serves(spec.cluster, spec.devices, plan):
+            self._cluster.close()
+            self._cluster = Cluster(spec.cluster, spec.devices)
+        self._cluster.ensure(plan, model, config, precision, self._open)
+        self._formats = geometry, spec.attention, spec.kv_cache
         return plan
 
     def _make_room(self, memory: MemoryPlan, vram: float | None) -> Plan:
@@ -239,14 +295,21 @@ class Runtime:
         if not self._streaming.acquire(blocking=False):
             raise PlanError("another Live Avatar stream is running on these devices; wait for it or stop it first")
         try:
-            with torch.inference_mode():
-                stages = self.stages(plan, geometry, sampling, conditioning.text)
-            with ThreadedPipeline(plan, stages, monitor) as pipeline:
+            with self._pipeline(plan, geometry, sampling, conditioning.text, monitor) as pipeline:
                 yield from denoise(
                     pipeline, conditioning, sampling, request, blocks, depth=plan.depth, should_stop=should_stop
                 )
         finally:
             self._streaming.release()
+
+    def _pipeline(
+        self, plan: Plan, geometry: Geometry, sampling: SamplingConfig, text: Tensor, monitor: Monitor | None
+    ) -> Pipeline:
+        if self._cluster is not None:
+            return self._cluster.pipeline(plan, geometry, sampling, text, self._formats[1:], monitor)
+        with torch.inference_mode():
+            stages = self.stages(plan, geometry, sampling, text)
+        return ThreadedPipeline(plan, stages, monitor)
 
     def unload(self) -> None:
         """Drop all weights, and host memory. Refused while a stream is using them."""
@@ -255,6 +318,9 @@ class Runtime:
         self._models.clear()
         self._host.clear()
         self._resident = None
+        if self._cluster is not None:
+            self._cluster.close()
+            self._cluster = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

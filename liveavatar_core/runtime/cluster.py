@@ -1,0 +1,275 @@
+"""Stages in processes of their own, on one machine or several, started and watched by Ray.
+
+Ray starts processes, tells when one dies, and carries requests in and finished latents out; all that passes between
+stages goes from process to process without it. The only file that imports Ray, which is an optional extra.
+"""
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+import liveavatar_core
+from liveavatar_core.config import ModelConfig, ModelSpec, SamplingConfig
+from liveavatar_core.errors import PlanError, StageError
+from liveavatar_core.geometry import Geometry
+from liveavatar_core.pipeline.monitor import Gauges, Monitor
+from liveavatar_core.pipeline.plan import PREFILL, Plan
+from liveavatar_core.runtime.process import ENDING, Report, StageProcess
+from liveavatar_core.types import BlockRequest, Payload
+from liveavatar_core.weights.reader import WeightReader, open_weights
+
+log = logging.getLogger(__name__)
+
+LOCAL = "local"  # in place of an address: a cluster of this machine alone, which ends with this process
+STARTING = 120.0  # seconds that processes may take to start, and to meet
+LOADING = 3600.0  # seconds that reading the model may take
+HEARTBEAT = 0.2  # seconds between two reports of a process that has nothing to tell
+BLAME = 2.0  # seconds in which the death of a process may show after it has broken another one's link
+SHARE = 0.1  # of a CPU, as Ray counts them; stages are limited by their GPUs
+STORE = 100 * 2**20  # bytes of Ray's object store, which holds a few requests and latents
+
+
+class _Process(StageProcess):
+    """As Ray starts it."""
+
+    def address(self) -> str:
+        """This machine's, as the others of the cluster see it."""
+        import ray
+
+        return ray.util.get_node_ip_address()
+
+
+class Cluster:
+    """The processes of one plan. They keep their parts of the model from stream to stream."""
+
+    def __init__(self, address: str, devices: Sequence[str]) -> None:
+        """One process per device, with a GPU to itself if the device is a cuda one, whatever its number. `address`: of
+        a cluster, or LOCAL. Raises PlanError if this cannot be had."""
+        try:
+            import ray
+        except ImportError as error:
+            raise PlanError("stages in other processes need Ray, which is not installed: pip install ray") from error
+        self.address, self.devices = address, tuple(devices)
+        self.processes: list = []
+        self.memory: list[int | None] = []  # bytes of each process's GPU
+        self._ray, self._met, self._group = ray, None, None
+        try:
+            _connect(ray, address)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        from ray.util.placement_group import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        ray = self._ray
+        cards = [float(device.startswith("cuda")) for device in self.devices]
+        self._group = placement_group([{"CPU": SHARE} | ({"GPU": gpus} if gpus else {}) for gpus in cards], "PACK")
+        if not self._group.wait(STARTING):
+            there = ray.cluster_resources()
+            raise PlanError(
+                f"{len(cards)} processes with {sum(cards):g} GPUs in all cannot be placed: the cluster has "
+                f"{there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs, and too few of them are free"
+            )
+        actor = ray.remote(concurrency_groups={"give": 1, "poll": 1})(_Process)
+        self.processes = [
+            actor.options(
+                num_cpus=SHARE,
+                num_gpus=gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
+            ).remote()
+            for index, gpus in enumerate(cards)
+        ]
+        self.memory = self.all(lambda process, index: process.memory.remote(), STARTING)
+        self._addresses = self.all(lambda process, index: process.address.remote(), STARTING)
+        log.info("%d processes on %s", len(cards), ", ".join(dict.fromkeys(self._addresses)))
+
+    def all(self, call: Callable, timeout: float) -> list:
+        """Results of `call(process, index)` of all at the same time. Raises StageError, and then this is closed."""
+        ray = self._ray
+        deadline = time.monotonic() + timeout
+        results = []
+        for index, ref in enumerate([call(process, index) for index, process in enumerate(self.processes)]):
+            try:
+                results.append(ray.get(ref, timeout=max(0.0, deadline - time.monotonic())))
+            except ray.exceptions.RayError as error:
+                self.close()
+                raise StageError(index, PREFILL, PREFILL, reason_of(error, ray)) from error
+        return results
+
+    def ensure(
+        self,
+        plan: Plan,
+        model: ModelSpec,
+        config: ModelConfig,
+        precision: str,
+        open_model: Callable[[Path], WeightReader] = open_weights,
+    ) -> None:
+        """Have every process know the others and hold its part of the model; each machine reads its own files.
+
+        `plan` has one stage per process. Raises StageError with what went wrong in one of them.
+        """
+        if self._met is None:
+            first = self._addresses[0]
+            port = self._ray.get(self.processes[0].host.remote(first, len(self.processes)))
+            self.all(lambda p, i: p.meet.remote(first, port, i, plan, self._addresses[i]), STARTING)
+            self._met = plan
+        self.all(lambda p, i: p.load.remote(model, config, plan.stages[i], precision, open_model), LOADING)
+
+    def serves(self, address: str, devices: Sequence[str], plan: Plan | None) -> bool:
+        """Whether a stream needs no other processes than these; `plan` None: as far as that is known without it."""
+        wanted = address, tuple(devices), plan or self._met
+        return bool(self.processes) and wanted == (self.address, self.devices, self._met or plan)
+
+    def pipeline(
+        self,
+        plan: Plan,
+        geometry: Geometry,
+        sampling: SamplingConfig,
+        text: Tensor,
+        formats: tuple[str, str],
+        monitor: Monitor | None,
+    ) -> "ClusterPipeline":
+        """For one stream; `formats`: attention and kv_cache as in RuntimeSpec."""
+        return ClusterPipeline(self, plan, (geometry, sampling, text.cpu(), *formats), monitor)
+
+    def close(self) -> None:
+        """End all processes, whatever they are doing."""
+        for process in self.processes:
+            self._ray.kill(process)
+        self.processes = []
+        if self._group is not None:
+            self._ray.util.remove_placement_group(self._group)
+            self._group = None
+
+
+_connected: str | None = None  # the cluster of this process; Ray allows one, and starting takes seconds
+
+
+def _connect(ray, address: str) -> None:
+    """Until the process ends, or another address is wanted. A connection that somebody else has made is left alone."""
+    global _connected
+    if ray.is_initialized():
+        if _connected in (None, address):
+            return
+        ray.shutdown()
+    settings = {"log_to_driver": False, "configure_logging": False}
+    settings["runtime_env"] = {"py_modules": [str(Path(liveavatar_core.__file__).parent)]}  # the same code for all
+    if address == LOCAL:
+        settings |= {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": os.cpu_count()}
+    try:
+        ray.init(address=address, **settings)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PlanError(f"no Ray cluster answers at {address!r} ({error}); start one with ray start --head") from error
+    _connected = address
+
+
+def reason_of(error: Exception, ray) -> str:
+    """What a reader needs of an error that came through Ray."""
+    if isinstance(error, ray.exceptions.RayActorError):
+        return f"its process has died ({str(error).splitlines()[0]})"
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return "its process does not answer"
+    cause = getattr(error, "cause", None) or error
+    return str(cause) or repr(cause)
+
+
+class ClusterPipeline:
+    """Runs one stream on the processes of a cluster; used like a ThreadedPipeline."""
+
+    def __init__(self, cluster: Cluster, plan: Plan, settings: tuple, monitor: Monitor | None) -> None:
+        """`settings`: what `StageProcess.begin` takes after plan and stage."""
+        self.plan, self.monitor = plan, monitor or Monitor()
+        self._cluster, self._ray, self._settings = cluster, cluster._ray, settings
+        self._results: deque[tuple[int, Tensor]] = deque()
+        self._polls: dict = {}  # reference of a report to come -> stage
+        self._at = [(PREFILL, PREFILL)] * len(plan.stages)
+        self._waiting = [0] * len(plan.stages)
+        self._memory = [0] * len(plan.stages)
+        self._suspect: tuple[StageError, float] | None = None  # whose link broke, and when that was heard
+
+    def __enter__(self) -> "ClusterPipeline":
+        self._streams = self._cluster.all(lambda p, i: p.begin.remote(self.plan, i, *self._settings), STARTING)
+        self._offsets = []  # from their clocks to ours
+        for process in self._cluster.processes:
+            before = time.perf_counter()
+            theirs = self._ray.get(process.clock.remote())
+            self._offsets.append((before + time.perf_counter()) / 2 - theirs)
+        for stage in range(len(self.plan.stages)):
+            self._poll(stage)
+        self.monitor.watch(self._gauges)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop at the next hop. Processes that cannot are ended, and with them all; the next stream starts new ones."""
+        self.monitor.watch(Gauges)
+        refs = [process.end.remote() for process in self._cluster.processes]
+        ended, _ = self._ray.wait(refs, num_returns=len(refs), timeout=2 * ENDING) if refs else ([], [])
+        try:
+            clean = len(ended) == len(refs) and all(self._ray.get(ended))
+        except self._ray.exceptions.RayError:
+            clean = False
+        if not clean:
+            self._cluster.close()
+
+    def prefill(self, version: int, reference: Tensor, motion: Tensor) -> None:
+        """Compute a version of the attention sink on every stage. Blocks that look at it wait for it by themselves."""
+        condition = reference.cpu(), motion.cpu()
+        for row in self.plan.rows:
+            self._give(row[0].index, Payload(block=PREFILL, step=PREFILL, sink=version, condition=condition))
+
+    def submit(self, request: BlockRequest) -> None:
+        payload = Payload(block=request.block, step=0, sink=request.sink, request=request)
+        self._give(self.plan.rows[0][0].index, payload)
+
+    def result(self, timeout: float) -> tuple[int, Tensor] | None:
+        """The next finished block, in order, as (block, latent); None if none came in time. Raises StageError."""
+        deadline = time.monotonic() + timeout
+        while not self._results:
+            left = deadline - time.monotonic()
+            if self._suspect is not None and time.monotonic() > self._suspect[1] + BLAME:
+                raise self._suspect[0]
+            if left <= 0:
+                return None
+            ready, _ = self._ray.wait(list(self._polls), num_returns=1, timeout=left)
+            for ref in ready:
+                self._hear(self._polls.pop(ref), ref)
+        return self._results.popleft()
+
+    def _give(self, stage: int, payload: Payload) -> None:
+        self._cluster.processes[stage].give.options(concurrency_group="give").remote(payload)
+
+    def _poll(self, stage: int) -> None:
+        process = self._cluster.processes[stage]
+        self._polls[process.poll.options(concurrency_group="poll").remote(self._streams[stage], HEARTBEAT)] = stage
+
+    def _hear(self, stage: int, ref) -> None:
+        try:
+            report: Report = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            raise StageError(stage, *self._at[stage], reason_of(error, self._ray)) from error
+        offset = self._offsets[stage]
+        self._at[stage], self._waiting[stage], self._memory[stage] = report.at, report.waiting, report.memory
+        for span in report.spans:
+            self.monitor.add(replace(span, begin=span.begin + offset, end=span.end + offset))
+        for block, latent, when in report.finished:
+            self.monitor.finished(block, when + offset)
+            self._results.append((block, latent))
+        if report.failure is None:
+            self._poll(stage)
+        elif not report.failure.lost:
+            raise report.failure.error()
+        elif self._suspect is None:
+            self._suspect = report.failure.error(), time.monotonic()
+
+    def _gauges(self) -> Gauges:
+        memory = {f"stage {i}": nbytes for i, nbytes in enumerate(self._memory) if nbytes}
+        return Gauges(tuple(self._waiting), memory)

@@ -1,0 +1,163 @@
+"""Stages as processes of a Ray cluster of this machine: the same bits, and a clear end whatever happens to them."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
+from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
+from liveavatar_core.errors import Cancelled, PlanError, StageError
+from liveavatar_core.geometry import Geometry
+from liveavatar_core.pipeline.monitor import Monitor
+from liveavatar_core.runtime.runtime import Runtime
+from liveavatar_core.types import BlockRequest, Conditioning
+
+GEOMETRY = Geometry(64, 64)
+SAMPLING = SamplingConfig(seed=3)
+BLOCKS = 13  # the sink switches, every slot of the window is used again and again
+
+needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install ray")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> ModelSpec:
+    files = DemoFiles(tmp_path_factory.mktemp("demo"))
+    write_dit(files, seed=0)
+    return ModelSpec(files.shards)
+
+
+@pytest.fixture(scope="module")
+def inputs() -> tuple[Conditioning, list[BlockRequest]]:
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    size = (GEOMETRY.latent_height, GEOMETRY.latent_width)
+    conditioning = Conditioning(draw(5, DEMO_CONFIG.text_dim), draw(16, 1, *size), draw(16, 19, *size))
+    shape = 1, DEMO_CONFIG.audio_states, DEMO_CONFIG.audio_dim, 12
+    return conditioning, [BlockRequest(n, draw(*shape)) for n in range(BLOCKS)]
+
+
+def run(
+    runtime: Runtime,
+    model: ModelSpec,
+    inputs: tuple[Conditioning, list[BlockRequest]],
+    spec: RuntimeSpec,
+    *,
+    after: Callable[[int], None] = lambda block: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    monitor: Monitor | None = None,
+) -> list[torch.Tensor]:
+    """All latents. `after(block)` is called when a block is there."""
+    conditioning, requests = inputs
+    plan = runtime.ensure(model, DEMO_CONFIG, spec, SAMPLING.evaluations, geometry=GEOMETRY)
+    stream = runtime.latents(
+        plan, GEOMETRY, SAMPLING, conditioning, requests.__getitem__, len(requests), should_stop, monitor
+    )
+    latents = []
+    with closing(stream):
+        for block, latent in stream:
+            latents.append(latent)
+            after(block)
+    return latents
+
+
+@pytest.fixture(scope="module")
+def want(model, inputs) -> list[torch.Tensor]:
+    return run(Runtime(), model, inputs, RuntimeSpec(("cpu",)))
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    runtime = Runtime()
+    yield runtime
+    runtime.unload()
+    with suppress(ImportError):
+        import ray
+
+        ray.shutdown()
+
+
+def spec_of(plan: str, count: int) -> RuntimeSpec:
+    return RuntimeSpec(("cpu",) * count, plan, cluster="local")
+
+
+def process_ids(runtime: Runtime) -> list[int]:
+    import ray
+
+    return ray.get([process.__ray_call__.remote(lambda self: os.getpid()) for process in runtime._cluster.processes])
+
+
+def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
+    assert len(got) == len(want)
+    differing = [n for n, (a, b) in enumerate(zip(got, want, strict=True)) if not torch.equal(a, b)]
+    assert not differing, f"blocks {differing} differ"
+
+
+@needs_ray
+@pytest.mark.parametrize(("plan", "count"), [("2x2", 4), ("ring", 3)])
+def test_processes_give_the_same_bits_stream_after_stream(runtime, model, inputs, want, plan, count):
+    monitor = Monitor()
+    assert_equal(run(runtime, model, inputs, spec_of(plan, count), monitor=monitor), want)
+    assert [block for block, _ in monitor.blocks] == list(range(BLOCKS))
+    assert {span.stage for span in monitor.spans} == set(range(count))
+    before = process_ids(runtime)
+    assert len(set(before)) == count and os.getpid() not in before
+    assert_equal(run(runtime, model, inputs, spec_of(plan, count)), want)
+    assert process_ids(runtime) == before, "the processes stay, and their weights with them"
+
+
+@needs_ray
+def test_a_stage_that_fails_or_a_cancel_ends_the_stream_and_no_process(runtime, model, inputs, want):
+    spec = spec_of("ring", 3)
+    conditioning, requests = inputs
+    broken = list(requests)
+    broken[4] = BlockRequest(4, torch.zeros(1, DEMO_CONFIG.audio_states, DEMO_CONFIG.audio_dim + 1, 12))
+    with pytest.raises(StageError, match="stage 0 failed at block 4, step 0"):
+        run(runtime, model, (conditioning, broken), spec)
+    before = process_ids(runtime)
+    made = []
+    with pytest.raises(Cancelled):
+        run(runtime, model, inputs, spec, after=made.append, should_stop=lambda: len(made) == 3)
+    assert made == [0, 1, 2]
+    assert_equal(run(runtime, model, inputs, spec), want)
+    assert process_ids(runtime) == before
+
+
+@needs_ray
+def test_a_process_that_is_killed_is_named_and_the_next_run_works(runtime, model, inputs, want):
+    spec = spec_of("ring", 3)
+    runtime.ensure(model, DEMO_CONFIG, spec, SAMPLING.evaluations, geometry=GEOMETRY)
+    victim = process_ids(runtime)[1]
+    made = []
+
+    def kill(block: int) -> None:
+        made.append(block)
+        if block == 2:
+            os.kill(victim, signal.SIGKILL)
+
+    with pytest.raises(StageError, match="stage 1 failed at .*: its process has died"):
+        run(runtime, model, inputs, spec, after=kill)
+    assert made[:3] == [0, 1, 2]
+    assert_equal(run(runtime, model, inputs, spec), want)
+
+
+@needs_ray
+def test_what_a_process_cannot_load_is_said(runtime, inputs):
+    missing = ModelSpec(Path("/nowhere/model"))
+    with pytest.raises(Exception, match="nowhere"):
+        run(runtime, missing, inputs, spec_of("ring", 3))
+
+
+def test_without_ray_one_sentence_says_so(monkeypatch, model):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PlanError, match="need Ray, which is not installed: pip install ray"):
+        Runtime().ensure(model, DEMO_CONFIG, spec_of("ring", 2), 4, geometry=GEOMETRY)
