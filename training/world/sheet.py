@@ -40,7 +40,7 @@ def contact_sheet(pictures: Tensor, columns: int) -> Image.Image:
     return sheet
 
 
-def main(path: str, side: int = 192) -> None:
+def main(path: str, side: int = 128) -> None:
     columns = len(MOUTHS)
     poses = Pose.of(torch.cat([Pose.still(**mouth).rows() for mouth in MOUTHS]))
     rows = [paint(draw_look(seed, kind), Pose.still(), side, side) for kind in KINDS for seed in range(columns)]
@@ -49,7 +49,7 @@ def main(path: str, side: int = 192) -> None:
         look = draw_look(40 + seed, kind)
         lit = [replace(look, light=name) for name in LIGHTS] + [replace(look, grade=name) for name in GRADES[1:]]
         rows += [paint(changed, Pose.still(), side, side) for changed in lit]
-    contact_sheet(torch.cat(rows), columns).save(path, quality=90)
+    contact_sheet(torch.cat(rows), columns).save(path, quality=88)
 
 
 if __name__ == "__main__":
