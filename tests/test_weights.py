@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.published_files import tensors_of
 from liveavatar_core.config import LIVE_AVATAR_14B
 from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_demo
 from liveavatar_core.errors import WeightsError
@@ -19,7 +20,6 @@ from liveavatar_core.weights.lora import open_lora
 from liveavatar_core.weights.quant import FP8, Fp8Linear
 from liveavatar_core.weights.reader import MARKER, open_weights
 
-KEYS = Path(__file__).parent / "data" / "s2v_14b_keys.txt"  # written from SPEC 7.2
 CPU = {"dtype": torch.bfloat16, "device": "cpu"}
 
 
@@ -35,8 +35,7 @@ def tensors(demo: DemoFiles) -> dict[str, torch.Tensor]:
 
 
 def published_infos() -> dict[str, TensorInfo]:
-    rows = (line.split() for line in KEYS.read_text().splitlines())
-    return {name: TensorInfo(tuple(map(int, shape.split("x"))), torch.bfloat16) for name, shape in rows}
+    return tensors_of("wan2.2_s2v_14B")
 
 
 def rewrite(path: Path, tensors: dict[str, torch.Tensor], config: dict | None = None) -> Path:
