@@ -25,7 +25,7 @@ def official_vae_names(state: dict[str, Tensor], dim: int) -> dict[str, Tensor]:
     return {names[number.item()]: state[name] for name, number in numbered.items()}
 
 
-def export_vae(folder: Path, side: int, clips: int = 64) -> Path:
+def export_vae(folder: Path, side: int, clips: int = 48) -> Path:
     """Scale the latents and write folder/vae.safetensors; returns its path."""
     weights = read_weights(folder, "vae")
     dim = weights["encoder.conv_in.weight"].shape[0]

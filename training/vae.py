@@ -120,7 +120,7 @@ def _moves(seed: int) -> Tensor:
 
 
 def batches(
-    device: torch.device | str, *, side: int, size: int, first_seed: int, begin_with: int = 256
+    device: torch.device | str, *, side: int, size: int, first_seed: int, begin_with: int
 ) -> Callable[[int], Tensor]:
     """step -> (B, 3, FRAMES, H, W) in [-1, 1]: `size` whole pictures, or four times as many quarters of them."""
 
@@ -168,6 +168,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dim", type=int, default=VAE_DIM)
     parser.add_argument("--side", type=int, default=SIDE)
+    parser.add_argument("--begin", type=int, default=256, help="clips drawn before the first step")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,7 +183,7 @@ def main() -> None:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     reached = read_log(options.folder, "vae")
     seed = (reached[-1]["step"] if reached else 0) * FRESH + 10_000
-    batch = batches(device, side=options.side, size=options.batch, first_seed=seed)
+    batch = batches(device, side=options.side, size=options.batch, first_seed=seed, begin_with=options.begin)
     minimise(
         "vae",
         model,

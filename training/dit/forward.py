@@ -20,7 +20,6 @@ from liveavatar_core.model import layers, pointwise
 from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.model.dit import CausalDiT, TimeTable
 from liveavatar_core.model.layers import KeyValue
-from liveavatar_core.model.pointwise import rms_norm, rotate
 from liveavatar_core.model.rope import (
     REFERENCE_POSITION,
     block_factors,
@@ -42,6 +41,7 @@ def gradients(*, fuse: bool) -> Iterator[None]:
         if not fuse:
             yield
             return
+        torch._dynamo.config.recompile_limit = 64  # a few shapes and flags each
         fused = {name: torch.compile(getattr(pointwise, name), dynamic=False) for name in _FUSED}
         with patch.multiple(layers, **fused):
             yield
@@ -107,8 +107,8 @@ def _prefill(
     sinks: list[Sink] = []
 
     def see(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
-        k = rms_norm(k.flatten(2), norm).view_as(k)
-        rotated = rotate(k, factors)
+        k = layers.rms_norm(k.flatten(2), norm).view_as(k)
+        rotated = layers.rotate(k, factors)
         sinks.append(Sink(k[:, :frame], rotated[:, frame:], v))
         return rotated, v
 
@@ -147,10 +147,10 @@ def _see(sink: Sink, reference: Tensor, factors: Tensor, window: list[KeyValue])
     """What a block sees: its sink, the three blocks before it, itself. `window` grows by this block."""
 
     def see(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
-        window.append((rotate(k, factors, norm_D=norm), v))
+        window.append((layers.rotate(k, factors, norm_D=norm), v))
         keys, values = zip(*window[-WINDOW_BLOCKS:], strict=True)
         return (
-            torch.cat((rotate(sink.reference_k, reference), sink.motion_k, *keys), 1),
+            torch.cat((layers.rotate(sink.reference_k, reference), sink.motion_k, *keys), 1),
             torch.cat((sink.v, *values), 1),
         )
 
