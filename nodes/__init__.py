@@ -4,13 +4,15 @@ import os
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
+from server import PromptServer
 
-from . import bench, convert, decode, demo, inputs, loaders, memory, sampler, timeline, tools
+from . import bench, convert, decode, demo, inputs, live, loaders, memory, sampler, timeline, tools
 
 
 class LiveAvatarExtension(ComfyExtension):
     async def on_load(self) -> None:
         folder_paths.add_model_folder_path("liveavatar", os.path.join(folder_paths.models_dir, "liveavatar"))
+        live.add_routes(PromptServer.instance.routes)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

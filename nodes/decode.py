@@ -16,7 +16,7 @@ from torch import Tensor
 from liveavatar_core.errors import Cancelled, InputError
 from liveavatar_core.geometry import sample_at
 
-from . import host
+from . import host, live
 from .types import CATEGORY, Avatar, StreamSocket
 
 GIB = 1024**3
@@ -52,17 +52,24 @@ class OnlineDecode(io.ComfyNode):
         )
         file = f"{name}_{counter:05}_.mp4"
         path = Path(folder) / file
-        writer = VideoWriter(
-            path,
-            width=geometry.width,
-            height=geometry.height,
-            fps=stream.speech.fps,
-            sample_rate=stream.speech.sample_rate,
-            channels=stream.speech.waveform.shape[0],
-        )
-        with writer:
+        speech, monitor = stream.speech, stream.stream.monitor
+        shown = live.open_stream(cls.hidden.unique_id, stream.frames / speech.fps, float(speech.fps))
+        with (
+            shown,
+            VideoWriter(
+                path,
+                width=geometry.width,
+                height=geometry.height,
+                fps=speech.fps,
+                sample_rate=speech.sample_rate,
+                channels=speech.waveform.shape[0],
+                watch=shown.append,
+            ) as writer,
+        ):
             for frames, samples in play(stream, vae, cls.hidden.unique_id):
                 writer.write(frames, samples)
+                now = monitor.snapshot()
+                shown.tell(writer.frames / speech.fps, now.fps, now.late)
         saved = ui.SavedResult(file, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([saved]))
 

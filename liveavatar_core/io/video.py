@@ -1,11 +1,13 @@
 """A video file that can be watched while it is being made.
 
 Owns encoding and the file's two lives: fragmented while it grows, so that it plays however it is cut off, and an
-ordinary mp4 once closed, for readers that ask a file for its frame rate and length. Does not know where frames come
-from or how sound is cut to them.
+ordinary mp4 once closed, for readers that ask a file for its frame rate and length. The growing file's bytes can be
+handed to somebody else as well, who shows them meanwhile. Does not know where frames come from or how sound is cut to
+them.
 """
 
 import logging
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -40,18 +42,27 @@ class VideoWriter:
 
     Frames and samples are placed by their count alone, so picture and sound cannot drift. Use as a context manager:
     leaving it closes the file, after an error too. Raises OutputError where the file cannot be written.
+
+    `watch` is called with every piece of the growing file, in order: fragmented mp4 from its first byte on.
     """
 
     def __init__(
-        self, path: str | Path, *, width: int, height: int, fps: int | Fraction, sample_rate: int = 0, channels: int = 0
+        self,
+        path: str | Path,
+        *,
+        width: int,
+        height: int,
+        fps: int | Fraction,
+        sample_rate: int = 0,
+        channels: int = 0,
+        watch: Callable[[bytes], None] | None = None,
     ) -> None:
         self.path = Path(path)
         self.frames = self.samples = 0  # written so far
         self._shape, self._frame_time = (height, width, 3), 1 / Fraction(fps)
         self._channels, self._sample_rate = channels, sample_rate
         try:
-            self.path.open("wb").close()  # PyAV opens the file with the first packet; that would be late to refuse
-            self._file = av.open(str(self.path), "w", format="mp4", options=GROWING)
+            self._file = av.open(_Growing(self.path, watch), "w", format="mp4", options=GROWING)
             self._picture = self._file.add_stream("libx264", rate=fps, options=PICTURE_OPTIONS)
             self._sound = self._add_sound() if channels else None
         except (av.FFmpegError, OSError, ValueError) as error:
@@ -147,6 +158,22 @@ class VideoWriter:
             if error is None:
                 raise
             log.warning("%s", second)  # the first error is the one to report
+
+
+class _Growing:
+    """What PyAV writes the growing file to. It cannot seek, so what is written stays as it is; PyAV closes it."""
+
+    def __init__(self, path: Path, watch: Callable[[bytes], None] | None) -> None:
+        self._file, self._watch = path.open("wb"), watch
+
+    def write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._file.flush()
+        if self._watch is not None:
+            self._watch(data)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _copy_streams(source: Path, target: Path) -> None:
