@@ -63,6 +63,8 @@ class LayerGraphs:
             torch.cuda.current_stream().synchronize()  # they may still be running
         for key in old:
             del self._graphs[key]
+        if not self._graphs:  # memory that no graph holds any more is closed to new ones
+            self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, layers: Callable[..., Tensor]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()

@@ -142,7 +142,7 @@ class Worker:
     def _free_at(self, now: float) -> float:
         """When the device will have finished all it was given."""
         free = self._free
-        for hop in self._given:
+        for hop in tuple(self._given):  # the driver takes note of finished ones meanwhile
             free = max(free, hop.due) + hop.seconds
         return max(now, free) if self._given else now
 
