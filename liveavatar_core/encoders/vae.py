@@ -121,11 +121,11 @@ class StreamDecoder:
         stream = _stream(device) if device.type == "cuda" else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))
+            if given.is_cuda:
+                given.record_stream(stream)
         # Always in this mode: what was made in it cannot be written to outside.
         with torch.inference_mode(), torch.cuda.stream(stream):
             yield stream
-        if given.is_cuda:
-            given.record_stream(stream)
 
     def _parts(self, latents: Tensor) -> Iterator[Tensor]:
         """(n, H, W, 3) of groups as long as a block, which bound the memory of a long call."""

@@ -1,7 +1,7 @@
 """How payloads get from one stage's device to the next: streams, copies, and marks that tell when work is done.
 
-Nothing here waits. A stage computes on a stream of its own; what it passes on leaves on a second and arrives on a
-third, so copies run beside the next computation. On a CPU all of it is immediate.
+Nothing here waits, but for a CPU that is to `follow` a GPU. A stage computes on a stream of its own; what it passes on
+leaves on a second and arrives on a third, so copies run beside the next computation. On a CPU all of it is immediate.
 """
 
 import time
@@ -71,6 +71,11 @@ class Lane:
     def mark(self, stream: "torch.cuda.Stream | None" = None) -> Mark:
         """After all that `stream` (None: `compute`) has been given so far."""
         return Mark(self._clock, stream or self.compute)
+
+    def follow(self, mark: Mark) -> None:
+        """Start nothing more before it has passed. A CPU is held here, a GPU where it gets there."""
+        if mark.event is not None:
+            mark.event.synchronize() if self.compute is None else self.compute.wait_event(mark.event)
 
     def follow_caller(self) -> None:
         """Start after what the calling thread has given to its own stream of this device."""

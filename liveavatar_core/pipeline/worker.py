@@ -153,8 +153,7 @@ class Worker:
         seconds = self._seconds.get(payload.step == PREFILL, NEVER)
         due = now if item.arrived.passed else item.due
         expected = max(self._free_at(now), due) + seconds
-        if item.arrived.event is not None:
-            self.lane.compute.wait_event(item.arrived.event)
+        self.lane.follow(item.arrived)
         begin = self.lane.mark()
         done = self.stage.run(payload)
         end = self.lane.mark()

@@ -164,3 +164,9 @@ def test_latents_may_be_freed_at_once():
     del given
     torch.full_like(latents[:, :1], torch.nan)
     assert torch.equal(stream.decode(latents[:, 1:]), want[1:])
+
+
+def test_latents_of_a_gpu_are_decoded_on_a_cpu():
+    vae = WanVAE(AutoencoderKLWan(base_dim=32))
+    latents = draw(16, 2, 8, 12)
+    assert torch.equal(StreamDecoder(vae).decode(latents), StreamDecoder(vae).decode(latents.cpu()))
