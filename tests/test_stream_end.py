@@ -1,6 +1,7 @@
 """What a stream leaves behind: nothing, at once. Its caches are most of a card, and the next node may need them."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
@@ -41,8 +42,10 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[weakref.ref]]:
     gc.enable()
 
 
-def blocks_of(model: ModelSpec, devices: int, broken: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
-    runtime = Runtime()
+def blocks_of(
+    model: ModelSpec, devices: int, broken: int | None = None, runtime: Runtime | None = None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    runtime = runtime or Runtime()
     plan = runtime.ensure(model, DEMO_CONFIG, RuntimeSpec(("cpu",) * devices, precision="fp32"), 4)
     latent = (16, GEOMETRY.latent_height, GEOMETRY.latent_width)
     conditioning = Conditioning(
@@ -74,3 +77,24 @@ def test_stages_are_gone_when_the_stream_failed(model, stages) -> None:
     else:
         raise AssertionError("it did not fail")
     assert stages and not [stage for stage in stages if stage() is not None]
+
+
+def test_the_next_stream_waits_for_a_stage_in_the_middle_of_a_hop(model, monkeypatch) -> None:
+    """The model's buffers and host memory are one stream's at a time, however long a hop takes."""
+    runtime, entered, release, run = Runtime(), threading.Event(), threading.Event(), Stage.run
+
+    def slow(self, payload):
+        if payload.block == 1:
+            entered.set()
+            release.wait(60)
+        return run(self, payload)
+
+    monkeypatch.setattr(Stage, "run", slow)
+    with closing(blocks_of(model, 1, runtime=runtime)) as latents:
+        next(latents)
+        assert entered.wait(60)
+    assert "liveavatar-stage-0" in {thread.name for thread in threading.enumerate()}
+    threading.Timer(0.5, release.set).start()
+    again = blocks_of(model, 1, runtime=runtime)
+    assert "liveavatar-stage-0" not in {thread.name for thread in threading.enumerate()}
+    assert len(list(again)) == 3

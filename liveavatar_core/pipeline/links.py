@@ -1,7 +1,8 @@
 """How payloads get from one stage's device to the next: streams, copies, and marks that tell when work is done.
 
-Nothing here waits, but for a CPU that is to `follow` a GPU. A stage computes on a stream of its own; what it passes on
-leaves on a second and arrives on a third, so copies run beside the next computation. On a CPU all of it is immediate.
+Nothing here waits, but for `drain` and a CPU that is to `follow` a GPU. A stage computes on a stream of its own; what
+it passes on leaves on a second and arrives on a third, so copies run beside the next computation. On a CPU all of it is
+immediate.
 """
 
 import time
@@ -87,6 +88,11 @@ class Lane:
         if self.compute is not None:
             for stream in (self.compute, self.leaving, self.arriving):
                 torch.cuda.current_stream(self.device).wait_stream(stream)
+
+    def drain(self) -> None:
+        """Hold the calling thread until all that `compute` was given is done."""
+        if self.compute is not None:
+            self.compute.synchronize()
 
 
 def lanes(devices: Sequence[torch.device]) -> list[Lane]:

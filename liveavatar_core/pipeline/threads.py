@@ -39,6 +39,7 @@ class ThreadedPipeline:
         self._changed = threading.Condition()
         self._results: deque[tuple[int, Tensor, Mark]] = deque()
         self._failure: StageError | None = None
+        self._left = False  # by the driver, with threads still in the middle of a hop
         self._workers = [
             Worker(
                 stage,
@@ -64,19 +65,25 @@ class ThreadedPipeline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop at the next hop and wait for the threads."""
+        """Stop at the next hop and wait for the threads, but not for long."""
         self._close()
         self.monitor.watch(Gauges)
-        deadline = time.perf_counter() + PATIENCE_AT_THE_END
+        self._left = not self.ended(PATIENCE_AT_THE_END)
         for worker, thread in zip(self._workers, self._threads, strict=True):
-            thread.join(max(0.0, deadline - time.perf_counter()))
             if thread.is_alive():
                 log.warning("%s is still in the middle of a hop; its memory stays taken until that ends", thread.name)
-            else:
+            with suppress(StageError, RuntimeError):  # whatever it is, the stream is over
                 worker.lane.release_to_caller()
-                with suppress(StageError):  # whatever it is, the stream is over
-                    worker.settle()
+                worker.settle()
         self._workers.clear()  # they know us: without this only the garbage collector could free a stage's memory
+
+    def ended(self, timeout: float) -> bool:
+        """Whether all threads end within `timeout` seconds; in the middle of a hop they still use the model."""
+        deadline = time.perf_counter() + timeout
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0.0, deadline - time.perf_counter()))
+        return not any(thread.is_alive() for thread in self._threads)
 
     def prefill(self, version: int, reference: Tensor, motion: Tensor) -> None:
         """Compute a version of the attention sink on every stage. Blocks that look at it wait for it by themselves."""
@@ -149,6 +156,9 @@ class ThreadedPipeline:
             worker.work()
         except StageError as failure:
             self._fail(failure)
+        if self._left:  # nobody else lets the device finish before our memory changes hands
+            with suppress(RuntimeError):
+                worker.lane.drain()
 
     def _fail(self, failure: StageError) -> None:
         with self._changed:

@@ -24,7 +24,7 @@ from liveavatar_core.pipeline.monitor import Monitor
 from liveavatar_core.pipeline.plan import Machine, Plan, StageSpec, choose
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import Pipeline, denoise
-from liveavatar_core.pipeline.threads import ThreadedPipeline
+from liveavatar_core.pipeline.threads import STALLED, ThreadedPipeline
 from liveavatar_core.runtime.choice import Choice, choose_plan
 from liveavatar_core.runtime.memory import (
     HOST,
@@ -97,6 +97,7 @@ class Runtime:
         self._resident: tuple[ModelSpec, str] | None = None  # model and precision of what is loaded
         self._fitted: dict[tuple[MemoryPlan, float | None], MemoryPlan] = {}  # the last plan, as asked and as made
         self._cluster: Cluster | None = None
+        self._last: ThreadedPipeline | None = None  # of the last stream in this process
         self._streaming = threading.Lock()
 
     @property
@@ -155,6 +156,11 @@ class Runtime:
         if spec.cluster is not None:
             return self._ensure_cluster(model, config, spec, steps, precision, geometry)
         _check_devices(spec.devices)
+        if self._last is not None and not self._last.ended(STALLED):
+            raise PlanError(
+                f"the stream before, though stopped, is in the middle of a hop since more than {STALLED:g} s, and uses "
+                "the model; if its device is not just slow, start the program again"
+            )
         if self._resident != (model, precision) or self._cluster is not None:
             self.unload()
         if geometry is None:
@@ -309,7 +315,8 @@ class Runtime:
             return self._cluster.pipeline(plan, geometry, sampling, text, self._formats[1:], monitor)
         with torch.inference_mode():
             stages = self.stages(plan, geometry, sampling, text)
-        return ThreadedPipeline(plan, stages, monitor)
+        self._last = ThreadedPipeline(plan, stages, monitor)
+        return self._last
 
     def unload(self) -> None:
         """Drop all weights, and host memory. Refused while a stream is using them."""
