@@ -19,7 +19,7 @@ RANKS = [
     {"weights"},
     {"pipeline", "demo"},
     {"runtime"},
-    {"bench"},
+    {"bench", "evaluate"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "server", "nodes", "folder_paths", "execution"}

@@ -1,0 +1,1 @@
+"""How good a video is, in numbers: measured on frames and sound alone, whatever made them."""
