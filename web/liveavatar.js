@@ -2,6 +2,10 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { Player } from "./player.mjs";
+
+const PLAYER_HEIGHT = 240;
+const players = new WeakMap(); // by node
 
 /** The frontend keeps a running node's last preview, which would stand before the finished video for good. */
 function dropPreview({ detail }) {
@@ -14,9 +18,59 @@ function dropPreview({ detail }) {
   if (preview) node.removeWidget(preview);
 }
 
+/** While the player shows the video, pictures of it beside it would only be in the way. */
+function dropPreviewBesidePlayer({ detail }) {
+  if (players.get(findNode(detail.displayNodeId))?.plays) dropPreview({ detail: { node: detail.displayNodeId } });
+}
+
+function addPlayer(node) {
+  if (node.comfyClass !== "LiveAvatar_Decode") return;
+  const player = new Player();
+  players.set(node, player);
+  node.addDOMWidget("player", "liveavatar_player", player.element, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => (player.isShown ? PLAYER_HEIGHT : 0),
+    getMaxHeight: () => (player.isShown ? Infinity : 0),
+  });
+  const removed = node.onRemoved;
+  node.onRemoved = function (...args) {
+    player.release();
+    return removed?.apply(this, args);
+  };
+}
+
+/** A node by the id it runs under, which names the subgraphs around it: "7", "5:12". */
+function findNode(path) {
+  let graph = app.rootGraph ?? app.graph;
+  let node;
+  for (const id of path.split(":")) {
+    node = graph?.getNodeById(Number(id));
+    graph = node?.subgraph;
+  }
+  return node;
+}
+
+function showStream(state, joining = false) {
+  const node = findNode(state.node);
+  if (!players.get(node)?.tell(state, { joining })) return;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+}
+
+async function joinStreams() {
+  const answer = await api.fetchApi("/liveavatar/streams");
+  if (!answer.ok) return;
+  for (const state of await answer.json()) if (!state.ended) showStream(state, true);
+}
+
 app.registerExtension({
   name: "LiveAvatar.Decode",
   setup() {
     api.addEventListener("executed", dropPreview);
+    api.addEventListener("b_preview_with_metadata", dropPreviewBesidePlayer);
+    api.addEventListener("liveavatar.stream", ({ detail }) => showStream(detail));
   },
+  nodeCreated: addPlayer,
+  afterConfigureGraph: joinStreams,
 });

@@ -15,12 +15,12 @@ const KNOWN_MESSAGES = [
 ]
 const KNOWN_MISSING = [/^\/(api\/)?user\.css$/, /^\/(api\/)?userdata(\/|$)/, /^\/(api\/)?settings\//]
 
-export async function openPage(url, { viewport = { width: 1600, height: 900 } } = {}) {
+export async function openPage(url, { viewport = { width: 1600, height: 900 }, bypassCSP = false } = {}) {
   const browser = await chromium.launch({
     executablePath: process.env.CHROMIUM,
     args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--proxy-server=direct://'],
   })
-  const page = await browser.newPage({ viewport })
+  const page = await browser.newPage({ viewport, bypassCSP })
   const problems = []
   page.on('pageerror', (error) => problems.push(`uncaught: ${error}`))
   page.on('console', (message) => {
