@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -54,9 +55,10 @@ class HostMemory:
 class Courier:
     """Copies on a stream of their own; nothing waits on the host."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, name: str) -> None:
+        """Couriers of one name share a stream."""
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = _stream(device, name) if device.type == "cuda" else None
         self._done = tuple(torch.cuda.Event() for _ in range(2)) if self._stream else ()
 
     def send(self, n: int, copy: Callable[[int], None]) -> None:
@@ -78,6 +80,12 @@ class Courier:
         """Hold the current stream until every copy is done."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+@cache
+def _stream(device: torch.device, name: str) -> torch.cuda.Stream:
+    """The same ones for the life of the process: torch has 32, and then gives out those again that others work on."""
+    return torch.cuda.Stream(device)
 
 
 def _locked(nbytes: int, device: torch.device) -> Tensor:

@@ -56,7 +56,7 @@ class HostedLayers:
                 image, buffer = self._images[turn][flat], self._buffers[turn % 2][flat]
                 self._places[name] = tuple(x.view(like.dtype).view(like.shape) for x in (image, buffer))
                 start += _aligned(like.nbytes)
-        self._courier = Courier(device)
+        self._courier = Courier(device, "weights")
 
     @property
     def host_bytes(self) -> int:

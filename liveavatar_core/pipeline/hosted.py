@@ -36,7 +36,7 @@ class HostedRings:
         ring = [((1, x.shape[1] - self._sink, *x.shape[2:]), x.dtype) for x in like.memory]
         self._rings = [tuple(host.empty(*shape_dtype) for shape_dtype in ring) for _ in caches]
         self._buffers = [tuple(torch.empty_like(x, device=device) for x in like.memory) for _ in range(2)]
-        self._down, self._up = Courier(device), Courier(device)
+        self._down, self._up = Courier(device, "rings down"), Courier(device, "rings up")
         self._here = -1  # the visit whose rows are in their buffer, or will be after what was launched
         self._first = -1  # of the step
 
