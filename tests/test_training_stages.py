@@ -8,16 +8,19 @@ import torch
 from safetensors.torch import load_file
 
 from liveavatar_core.config import ModelConfig
-from liveavatar_core.encoders.audio_features import Wav2Vec2Speech, hidden_length
-from liveavatar_core.encoders.vae import WanVAE, load_vae
+from liveavatar_core.encoders.audio_features import Wav2Vec2Speech, hidden_length, load_speech_encoder
+from liveavatar_core.encoders.vae import WanVAE, load_vae, read_vae
 from liveavatar_core.geometry import FRAMES_PER_BLOCK
 from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.weights.build import load_dit
+from liveavatar_core.weights.layout import infer_config
+from liveavatar_core.weights.reader import open_weights
 from training import run, vae
 from training.dit import clips
 from training.dit.clips import Encoders, draw_scene, make_group
 from training.dit.forward import gradients
-from training.dit.train import losses
-from training.export import official_vae_names
+from training.dit.train import losses, new_dit
+from training.export import export_all, export_vae, official_vae_names
 from training.front import mouth_at_states, new_front, normalised
 from training.lips import read_opening
 from training.pool import Pool
@@ -252,3 +255,26 @@ def test_openings_are_read_off_pictures(kind):
     noisy = (frames + 0.03 * torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     torch.testing.assert_close(read_opening(noisy, look, pose), said, rtol=0, atol=0.08)
     assert read_opening(frames.flip(0), look, pose)[0] > 0.8  # and not off the pose that is handed over
+
+
+def test_exported_files_are_read_by_the_engine(tmp_path):
+    torch.manual_seed(0)
+    made = {"vae": vae.new_vae(4), "front": new_front(), "text": Reader(), "dit": new_dit()}
+    for stage, model in made.items():
+        run.save_weights(tmp_path, stage, model.state_dict())
+    read_tokenizer(tmp_path)
+    export_vae(tmp_path, SIDE, clips=2)
+    files = export_all(tmp_path, tmp_path / "files")
+    reader = open_weights(files.single_file)
+    assert infer_config(reader.infos(), reader.config) == DEMO
+    dit = load_dit(reader, DEMO, dtype=torch.float32, device="cpu").state_dict()
+    assert all(torch.equal(dit[name], t.bfloat16().float()) for name, t in made["dit"].state_dict().items())
+    assert read_vae(files.vae, dtype=torch.float32, device="cpu").model.config.base_dim == 4
+    speech = load_speech_encoder(files.speech_encoder, dtype=torch.float32, device="cpu")
+    made["front"].load_state_dict(run.read_weights(tmp_path, "front"))
+    wave = normalised(music(1, 0.5).samples)
+    with torch.no_grad():
+        assert torch.equal(speech(wave), Wav2Vec2Speech(made["front"].wav2vec2)(wave))
+    text = load_file(files.text_encoder)
+    assert text["spiece_model"].numpy().tobytes() == (tmp_path / "spiece.model").read_bytes()
+    assert text["shared.weight"].shape[1] == DEMO.text_dim

@@ -24,7 +24,7 @@ from training.world.looks import KINDS
 log = logging.getLogger(__name__)
 
 PAD, END = 0, 1
-_TOKENIZER = "spiece.model"
+TOKENIZER = "spiece.model"
 
 
 def train_tokenizer() -> bytes:
@@ -49,7 +49,7 @@ def train_tokenizer() -> bytes:
 
 
 def read_tokenizer(folder: Path) -> sentencepiece.SentencePieceProcessor:
-    path = folder / _TOKENIZER
+    path = folder / TOKENIZER
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_bytes(train_tokenizer())

@@ -6,6 +6,7 @@ python -m training.dit.show --models .train --folder .train --scenes 6
 import argparse
 import logging
 import random
+import tempfile
 from pathlib import Path
 
 import torch
@@ -19,11 +20,13 @@ from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.types import BlockRequest, Payload
+from liveavatar_core.weights.build import load_dit, work_dtype
+from liveavatar_core.weights.reader import open_weights
 from training.dit.clips import Encoders, draw_scene
-from training.dit.train import load_encoders, new_dit
+from training.dit.train import load_encoders
+from training.export import export_dit
 from training.lips import read_opening
-from training.run import read_weights
-from training.sizes import SIDE
+from training.sizes import DEMO, SIDE
 from training.speech.sounds import sound
 from training.world.motion import perform
 from training.world.painter import paint
@@ -87,9 +90,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = load_encoders(options.models, options.side, device)
-    model = new_dit()
-    model.load_state_dict(read_weights(options.folder, "dit"))
-    model.to(device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        reader = open_weights(export_dit(options.folder, Path(scratch) / "dit.safetensors"))
+        model = load_dit(reader, DEMO, dtype=work_dtype("auto", device), device=device)
     rows = []
     for seed in range(options.scenes):
         rows += _compare(seed, options.blocks, model, known)

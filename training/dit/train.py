@@ -23,6 +23,7 @@ from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.sampling import levels, timestep
 from training.dit.clips import BLOCKS, EYES, Encoders, Group, make_group
 from training.dit.forward import Conditions, conditions, gradients, velocities
+from training.export import VAE_FILE
 from training.front import make_sounds, new_front
 from training.pool import Pool
 from training.run import minimise, read_log, read_weights
@@ -129,7 +130,7 @@ def load_encoders(models: Path, side: int, device: str) -> Encoders:
     tokenizer = read_tokenizer(models)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return Encoders(
-        vae=read_vae(models / "vae.safetensors", dtype=dtype, device=device),
+        vae=read_vae(models / VAE_FILE, dtype=dtype, device=device),
         speech=Wav2Vec2Speech(front.wav2vec2.to(device)),
         read=lambda prompts: encode_prompts(reader, tokenizer, prompts),
         side=side,
