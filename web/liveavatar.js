@@ -19,8 +19,8 @@ function dropPreview({ detail }) {
 }
 
 /** While the player shows the video, pictures of it beside it would only be in the way. */
-function dropPreviewBesidePlayer({ detail }) {
-  if (players.get(findNode(detail.displayNodeId))?.plays) dropPreview({ detail: { node: detail.displayNodeId } });
+function keepPreviewFromPlayer(event) {
+  if (players.get(findNode(event.detail.displayNodeId))?.plays) event.stopImmediatePropagation();
 }
 
 function addPlayer(node) {
@@ -66,9 +66,11 @@ async function joinStreams() {
 
 app.registerExtension({
   name: "LiveAvatar.Decode",
+  init() {
+    api.addEventListener("b_preview_with_metadata", keepPreviewFromPlayer); // before the frontend listens itself
+  },
   setup() {
     api.addEventListener("executed", dropPreview);
-    api.addEventListener("b_preview_with_metadata", dropPreviewBesidePlayer);
     api.addEventListener("liveavatar.stream", ({ detail }) => showStream(detail));
   },
   nodeCreated: addPlayer,

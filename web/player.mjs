@@ -27,8 +27,9 @@ export class Player {
     return this.element.style.display !== 'none'
   }
 
+  /** Whether there is something to see. */
   get plays() {
-    return this.isShown && !this.problem
+    return this.isShown && !this.problem && this.video.readyState >= HTMLMediaElement.HAVE_CURRENT_DATA
   }
 
   /** News of a stream. The first of a new one, once there is a block to show, starts it; true if it did. */
