@@ -12,7 +12,9 @@ import torch
 from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
 from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
 from liveavatar_core.geometry import Geometry
+from liveavatar_core.pipeline.plan import single
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.runtime.process import StageProcess
 from liveavatar_core.runtime.runtime import Runtime
 from liveavatar_core.types import BlockRequest, Conditioning
 
@@ -98,3 +100,19 @@ def test_the_next_stream_waits_for_a_stage_in_the_middle_of_a_hop(model, monkeyp
     again = blocks_of(model, 1, runtime=runtime)
     assert "liveavatar-stage-0" not in {thread.name for thread in threading.enumerate()}
     assert len(list(again)) == 3
+
+
+def test_a_process_has_room_for_one_stream(model, monkeypatch, stages) -> None:
+    process, alive, begin = StageProcess(), [], Stage.__init__
+
+    def count(self, *arguments, **named) -> None:
+        alive.append([stage for stage in stages if stage() is not None])
+        begin(self, *arguments, **named)
+
+    monkeypatch.setattr(Stage, "__init__", count)
+    plan = single(4, DEMO_CONFIG.layers, ["cpu"])
+    process.load(model, DEMO_CONFIG, plan.stages[0], "fp32")
+    for stream in (1, 2):
+        assert process.begin(plan, 0, GEOMETRY, SamplingConfig(), torch.zeros(3, DEMO_CONFIG.text_dim)) == stream
+        assert process.end()
+    assert alive == [[], []]

@@ -150,6 +150,8 @@ class StageProcess:
             self._streams += 1
             self._results: deque[tuple[int, Tensor, Mark]] = deque()
             self._failure: Failure | None = None
+            # The memory of the stream before, which there is no room for beside this one's.
+            self._worker, self._outgoing, self._incoming = None, {}, []
         self._plan, self._spec = plan, plan.stages[index]
         self._monitor = Monitor()
         with torch.inference_mode():
@@ -198,9 +200,9 @@ class StageProcess:
             while self._results and self._results[0][2].passed:
                 block, latent, mark = self._results.popleft()
                 finished.append((block, latent.cpu(), mark.time))
-            waiting = len(self._worker.waiting)
+            at, waiting = self._worker.at, len(self._worker.waiting)
         memory = torch.cuda.memory_allocated(0) if self._device != "cpu" else 0
-        return Report(finished, self._failure, self._worker.at, self._monitor.drain(), waiting, memory)
+        return Report(finished, self._failure, at, self._monitor.drain(), waiting, memory)
 
     def end(self) -> bool:
         """Stop at the next hop and empty the links; whether that was possible in time."""
