@@ -15,8 +15,10 @@ import av
 import pytest
 from test_hostile import small
 
+from launch import ROOT
 from launch.client import Client, WorkflowFailed
 
+PAGE = ROOT / "workflows" / "demo.json"
 SECONDS, FRAMES = 1.6, 40  # of a film; four blocks
 LATE = 0.8  # seconds that are ready when a late viewer comes
 SECONDS_TO_WAIT = 200
@@ -183,3 +185,31 @@ def test_other_sites_are_refused(server, run_workflow) -> None:
         assert ask(url, Origin=server.url)[0] == 200
         assert ask(url, Origin="http://elsewhere.example")[0] == 403
         assert ask(url, **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+
+
+@pytest.mark.parametrize("nodes", ["classic", "vue"])
+def test_the_player_plays_while_the_film_is_made(nodes, server, browse, artefacts) -> None:
+    """In two pages, one of which comes later; then one goes back, pauses, and has its node deleted."""
+    seen = browse("watch_player.mjs", server.url, PAGE, artefacts, next(_seeds), SECONDS, "free", nodes)
+    for start in (seen["begun"], seen["joined"]):
+        assert start["blob"], "the video is not fed block by block"
+    assert f"of {SECONDS} s" in seen["begun"]["line"], "it began only after the run"
+    for end in seen["ends"]:
+        assert end["time"] == pytest.approx(SECONDS, abs=0.05) == end["duration"]
+        ((begin, until),) = end["buffered"]  # one range: no gap
+        assert begin == 0 and until == pytest.approx(SECONDS, abs=0.05)
+        assert end["frames"] >= FRAMES and end["size"] == [96, 64]
+        assert end["sound"] > 0
+        assert end["line"] == f"{SECONDS} s"
+    assert 0.4 <= seen["sought"]["paused"] == seen["sought"]["after"] < SECONDS
+    assert seen["removed"] == {"connected": False, "source": None, "addresses": 0}
+    assert seen["problems"] == [], "the page reported errors"
+
+
+def test_a_page_that_may_not_be_fed_plays_the_stream_itself(server, browse, artefacts) -> None:
+    """As ComfyUI's page is when it forbids itself outside connections."""
+    seen = browse("watch_player.mjs", server.url, PAGE, artefacts, next(_seeds), SECONDS, "closed", "classic")
+    assert not seen["begun"]["blob"]
+    for end in seen["ends"]:
+        assert end["time"] == pytest.approx(SECONDS, abs=0.05)
+        assert end["frames"] >= FRAMES and end["sound"] > 0

@@ -1,7 +1,7 @@
-// node watch_player.mjs URL WORKFLOW.json SHOTS SEED SECONDS CSP|free VUE|classic
+// node watch_player.mjs URL WORKFLOW.json SHOTS SEED SECONDS free|closed classic|vue
 //
-// Presses Run on a small form of the workflow and watches the player in its decode node; halfway a second browser opens
-// the same workflow and joins. Both watch to the end, then the node is deleted. Prints what was seen as one JSON object
+// Presses Run on a small form of the workflow and watches the player in its decode node; after its start a second browser
+// opens the same workflow and joins. Both watch to the end, then the node is deleted. Prints what was seen as one JSON object
 // and judges nothing: that is test_player.py's part. `free` lifts the page's policy on outside connections, which the
 // test's server sets and which forbids feeding a video.
 
@@ -15,12 +15,13 @@ const name = `player-${policy}-${nodes}`
 
 const [first, second] = await Promise.all([open(), open()])
 await load(first)
+if (policy !== 'free') await load(second) // what is played without feeding may begin after the run
 await first.page.evaluate(() => app.queuePrompt(0))
 await first.page.waitForFunction(() => seen.begun, null, { timeout: 120_000 })
 const begun = await first.page.evaluate(() => ({ ...seen.begun }))
 await first.page.screenshot({ path: join(shots, `${name}-begun.png`) })
 
-await load(second) // a page that comes later finds the running stream by itself
+if (policy === 'free') await load(second) // a page that comes later finds the running stream by itself
 await second.page.waitForFunction(() => seen.begun, null, { timeout: 120_000 })
 const joined = await second.page.evaluate(() => ({ ...seen.begun }))
 
