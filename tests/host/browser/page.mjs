@@ -6,12 +6,13 @@ import { join } from 'node:path'
 
 const { chromium } = createRequire(join(process.env.PLAYWRIGHT, 'package.json'))('playwright-core')
 
-// What the host says on every page, with no pack installed but for the line about media. It asks these two servers about models and nodes, and
-// forbids itself to reach them; a failed resource is reported below, with its address.
+// What the bare host says on every page, with no pack installed. It asks these two servers about models and nodes, and
+// forbids itself to reach them; a failed resource is reported below, with its address. It also forbids itself media from
+// memory: our player finds that out in this way, and plays otherwise.
 const KNOWN_MESSAGES = [
   /ComfyApp graph accessed before initialization/,
   /^Failed to load resource/,
-  /^Loading media from\s+'blob:.*Content Security Policy/s, // the player finds out in this way, and plays otherwise
+  /^Loading media from\s+'blob:.*Content Security Policy/s,
   /https:\/\/(huggingface\.co|api\.comfy\.org)\/.*Content Security Policy/s,
 ]
 const KNOWN_MISSING = [/^\/(api\/)?user\.css$/, /^\/(api\/)?userdata(\/|$)/, /^\/(api\/)?settings\//]
