@@ -64,7 +64,8 @@ def minimise(
         optimizer.zero_grad(set_to_none=True)
         step += 1
         share = 1 - min(AVERAGING, (step - start) / (step - start + 10))
-        torch._foreach_lerp_(average, parameters, share)
+        for mean, parameter in zip(average, parameters, strict=True):
+            mean.lerp_(parameter.detach(), share)
         recent.append({name: value.detach() for name, value in values.items()} | {"gradient": norm.detach()})
         if step % LOG_STEPS == 0 or step == steps:
             now = time.monotonic()
