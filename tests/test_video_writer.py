@@ -71,8 +71,8 @@ def write_blocks(writer, fps, rate, channels, *, after=lambda frames: None):
         after(first)
 
 
-def open_writer(path, fps=25, rate=16_000, channels=1):
-    return VideoWriter(path, width=WIDTH, height=HEIGHT, fps=fps, sample_rate=rate, channels=channels)
+def open_writer(path, fps=25, rate=16_000, channels=1, watch=None):
+    return VideoWriter(path, width=WIDTH, height=HEIGHT, fps=fps, sample_rate=rate, channels=channels, watch=watch)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,20 @@ def test_cut_off_at_any_moment(tmp_path, channels):
     assert growing != data
     (tmp_path / "torn.mp4").write_bytes(growing[:-200])
     assert len(Played(tmp_path / "torn.mp4").frames) >= seen[-1] - 8
+
+
+def test_who_watches_gets_the_growing_file(tmp_path):
+    path, pieces = tmp_path / "a.mp4", []
+
+    def compare(written):
+        assert path.read_bytes() == b"".join(pieces)
+
+    with open_writer(path, watch=pieces.append) as writer:
+        write_blocks(writer, 25, 16_000, 1, after=compare)
+    (tmp_path / "seen.mp4").write_bytes(b"".join(pieces))
+    seen, kept = Played(tmp_path / "seen.mp4"), Played(path)
+    assert numpy.array_equal(seen.frames, kept.frames) and seen.times == kept.times
+    assert numpy.array_equal(seen.sound, kept.sound) and seen.sound_start == kept.sound_start
 
 
 def test_without_sound(tmp_path):
