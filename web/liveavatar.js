@@ -7,15 +7,19 @@ import { Player } from "./player.mjs";
 const PLAYER_HEIGHT = 240;
 const players = new WeakMap(); // by node
 
-/** The frontend keeps a running node's last preview, which would stand before the finished video for good. */
-function dropPreview({ detail }) {
+/**
+ * The frontend shows the finished video by itself. It keeps a running node's last preview too, which would stand before
+ * it for good, and the player would be a second one.
+ */
+function showFinished({ detail }) {
   const id = detail.display_node ?? detail.node;
-  const node = app.graph.getNodeById(id);
+  const node = findNode(String(id));
   if (node?.comfyClass !== "LiveAvatar_Decode") return;
   delete app.nodePreviewImages[id];
   node.imgs = undefined;
   const preview = node.widgets?.find((widget) => widget.name === "$$canvas-image-preview");
   if (preview) node.removeWidget(preview);
+  players.get(node)?.giveWay();
 }
 
 /** While the player shows the video, pictures of it beside it would only be in the way. */
@@ -70,7 +74,7 @@ app.registerExtension({
     api.addEventListener("b_preview_with_metadata", keepPreviewFromPlayer); // before the frontend listens itself
   },
   setup() {
-    api.addEventListener("executed", dropPreview);
+    api.addEventListener("executed", showFinished);
     api.addEventListener("liveavatar.stream", ({ detail }) => showStream(detail));
   },
   nodeCreated: addPlayer,

@@ -47,6 +47,13 @@ export class Player {
     return false
   }
 
+  /** The finished video has appeared elsewhere: leave once this one, if it has begun, has been seen to its end. */
+  giveWay() {
+    if (!this.playing) return
+    if (this.video.ended || !this.plays) this.release()
+    else this.video.addEventListener('ended', () => this.release(), { once: true, signal: this.playing.signal })
+  }
+
   /** Stop, and let go of everything that is held for the stream. */
   release() {
     this.playing?.abort()

@@ -189,7 +189,7 @@ def test_other_sites_are_refused(server, run_workflow) -> None:
 
 @pytest.mark.parametrize("nodes", ["classic", "vue"])
 def test_the_player_plays_while_the_film_is_made(nodes, server, browse, artefacts) -> None:
-    """In two pages, one of which comes later; then one goes back, pauses, and has its node deleted."""
+    """In two pages, one of which comes later, goes back, pauses, and has its node deleted."""
     seen = browse("watch_player.mjs", server.url, PAGE, artefacts, next(_seeds), SECONDS, "free", nodes)
     for start in (seen["begun"], seen["joined"]):
         assert start["blob"], "the video is not fed block by block"
@@ -202,6 +202,7 @@ def test_the_player_plays_while_the_film_is_made(nodes, server, browse, artefact
         assert end["sound"] > 0
         assert end["line"] == f"{SECONDS} s"
     assert 0.4 <= seen["sought"]["paused"] == seen["sought"]["after"] < SECONDS
+    assert seen["left"] == {"source": None, "height": 0}, "two videos in one node"
     assert seen["removed"] == {"connected": False, "source": None, "addresses": 0}
     assert seen["problems"] == [], "the page reported errors"
 

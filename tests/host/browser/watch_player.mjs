@@ -1,7 +1,8 @@
 // node watch_player.mjs URL WORKFLOW.json SHOTS SEED SECONDS free|closed classic|vue
 //
 // Presses Run on a small form of the workflow and watches the player in its decode node; after its start a second browser
-// opens the same workflow and joins. Both watch to the end, then the node is deleted. Prints what was seen as one JSON object
+// opens the same workflow and joins. Both watch to the end. The first page then has the host's finished video instead; in
+// the second, which did not ask for the run and is not told of its end, the node is deleted. Prints what was seen as one JSON object
 // and judges nothing: that is test_player.py's part. `free` lifts the page's policy on outside connections, which the
 // test's server sets and which forbids feeding a video.
 
@@ -15,20 +16,26 @@ const name = `player-${policy}-${nodes}`
 
 const [first, second] = await Promise.all([open(), open()])
 await load(first)
-if (policy !== 'free') await load(second) // what is played without feeding may begin after the run
+// Played without feeding it may begin after the run, when the first page has the finished video.
+const viewers = policy === 'free' ? [first, second] : [second]
+if (policy !== 'free') await load(second)
 await first.page.evaluate(() => app.queuePrompt(0))
-await first.page.waitForFunction(() => seen.begun, null, { timeout: 120_000 })
-const begun = await first.page.evaluate(() => ({ ...seen.begun }))
+await viewers[0].page.waitForFunction(() => seen.begun, null, { timeout: 120_000 })
+const begun = await viewers[0].page.evaluate(() => ({ ...seen.begun }))
 await first.page.screenshot({ path: join(shots, `${name}-begun.png`) })
 
 if (policy === 'free') await load(second) // a page that comes later finds the running stream by itself
 await second.page.waitForFunction(() => seen.begun, null, { timeout: 120_000 })
 const joined = await second.page.evaluate(() => ({ ...seen.begun }))
 
-const ends = await Promise.all([first, second].map(toTheEnd))
-await first.page.screenshot({ path: join(shots, `${name}-ended.png`) })
-const sought = policy === 'free' ? await seekAndPause(first.page) : null
-const removed = await first.page.evaluate(async () => {
+const ends = await Promise.all(viewers.map(toTheEnd))
+await second.page.screenshot({ path: join(shots, `${name}-ended.png`) })
+const sought = policy === 'free' ? await seekAndPause(second.page) : null
+await first.page.waitForFunction(() => app.nodeOutputs[seen.node.id], null, { timeout: 120_000 })
+await first.page.waitForTimeout(1000)
+const left = await first.page.evaluate(() => ({ source: seen.video.getAttribute('src'), height: seen.video.clientHeight }))
+await first.page.screenshot({ path: join(shots, `${name}-finished.png`) })
+const removed = await second.page.evaluate(async () => {
   const video = seen.video
   app.graph.remove(seen.node)
   await new Promise((done) => setTimeout(done, 500))
@@ -36,7 +43,7 @@ const removed = await first.page.evaluate(async () => {
 })
 const problems = [...first.problems, ...second.problems]
 await Promise.all([first.close(), second.close()])
-console.log(JSON.stringify({ begun, joined, ends, sought, removed, problems }))
+console.log(JSON.stringify({ begun, joined, ends, sought, left, removed, problems }))
 
 function open() {
   return openPage(url, { bypassCSP: policy === 'free' })
@@ -66,8 +73,19 @@ async function load({ page }) {
         seen.begun ??= { time: video.currentTime, line: line(), blob: video.src.startsWith('blob:') }
       })
       video.addEventListener('waiting', () => seen.waits++)
+      video.addEventListener('ended', () => (seen.end ??= state(video)))
     })
-    window.line = () => document.querySelector('.liveavatar-player div')?.textContent
+    const state = (video) => ({
+      time: video.currentTime,
+      duration: video.duration,
+      buffered: [...Array(video.buffered.length).keys()].map((i) => [video.buffered.start(i), video.buffered.end(i)]),
+      frames: video.getVideoPlaybackQuality().totalVideoFrames,
+      sound: video.webkitAudioDecodedByteCount,
+      size: [video.videoWidth, video.videoHeight],
+      waits: seen.waits,
+      line: line(),
+    })
+    const line = () => document.querySelector('.liveavatar-player div')?.textContent
     attach.observe(document.body, { subtree: true, childList: true })
     await app.loadGraphData(workflow, true, true, 'player')
     seen.node = app.graph.nodes.find((node) => node.type === 'LiveAvatar_Decode')
@@ -79,21 +97,8 @@ async function load({ page }) {
 }
 
 async function toTheEnd({ page }) {
-  await page.waitForFunction(() => seen.video.ended, null, { timeout: 120_000 })
-  return page.evaluate(() => {
-    const { video } = seen
-    const { buffered } = video
-    return {
-      time: video.currentTime,
-      duration: video.duration,
-      buffered: [...Array(buffered.length).keys()].map((i) => [buffered.start(i), buffered.end(i)]),
-      frames: video.getVideoPlaybackQuality().totalVideoFrames,
-      sound: video.webkitAudioDecodedByteCount,
-      size: [video.videoWidth, video.videoHeight],
-      waits: seen.waits,
-      line: line(),
-    }
-  })
+  await page.waitForFunction(() => seen.end, null, { timeout: 120_000 })
+  return page.evaluate(() => seen.end)
 }
 
 async function seekAndPause(page) {
