@@ -13,7 +13,7 @@ import torch
 
 from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
 from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
-from liveavatar_core.errors import Cancelled, PlanError, StageError
+from liveavatar_core.errors import Cancelled, PlanError, StageError, WeightsError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.pipeline.monitor import Monitor
 from liveavatar_core.runtime.runtime import Runtime
@@ -151,10 +151,10 @@ def test_a_process_that_is_killed_is_named_and_the_next_run_works(runtime, model
 
 
 @needs_ray
-def test_what_a_process_cannot_load_is_said(runtime, inputs):
-    missing = ModelSpec(Path("/nowhere/model"))
-    with pytest.raises(Exception, match="nowhere"):
-        run(runtime, missing, inputs, spec_of("ring", 3))
+def test_what_a_process_cannot_load_is_said(runtime, model, inputs, want):
+    with pytest.raises(WeightsError, match="nowhere"):
+        run(runtime, ModelSpec(Path("/nowhere/model")), inputs, spec_of("ring", 3))
+    assert_equal(run(runtime, model, inputs, spec_of("ring", 3)), want)
 
 
 def test_without_ray_one_sentence_says_so(monkeypatch, model):

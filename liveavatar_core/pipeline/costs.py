@@ -14,8 +14,8 @@ from liveavatar_core.pipeline.plan import Machine, Plan, StageSpec, Work
 
 TERA = 1e12
 # Operations of a plain product that take as long as one of these. Measured on an H100 hot, 704x384, against 760
-# TFLOP/s of bf16 products: products in fp8 1,330, attention 500, VAE 150 (bench/results).
-FP8_PRODUCTS, ATTENTION, VAE = 0.57, 1.5, 5.0
+# TFLOP/s of bf16 products: products in fp8 1,330, attention 500, VAE 450 (bench/results).
+FP8_PRODUCTS, ATTENTION, VAE = 0.57, 1.5, 1.7
 # Norms, gates and gaps between kernels, in bytes moved of the residual stream; 3 TB/s go with 760 TFLOP/s.
 PASSES, FLOP_PER_BYTE = 25, 250
 VAE_FLOP_PER_PIXEL = 9.16e12 / (704 * 384)  # of one latent frame's decoding, SPEC 8.2

@@ -5,7 +5,6 @@ stages goes from process to process without it. The only file that imports Ray, 
 """
 
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import liveavatar_core
 from liveavatar_core.config import ModelConfig, ModelSpec, SamplingConfig
-from liveavatar_core.errors import PlanError, StageError
+from liveavatar_core.errors import LiveAvatarError, PlanError, StageError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.pipeline.monitor import Gauges, Monitor
 from liveavatar_core.pipeline.plan import PREFILL, Plan
@@ -27,11 +26,13 @@ from liveavatar_core.weights.reader import WeightReader, open_weights
 log = logging.getLogger(__name__)
 
 LOCAL = "local"  # in place of an address: a cluster of this machine alone, which ends with this process
-STARTING = 120.0  # seconds that processes may take to start, and to meet
+STARTING = 300.0  # seconds that processes may take to start, and to meet
+MOST = 16  # stages of a local cluster, which is started once; how many CPUs there are does not limit them
 LOADING = 3600.0  # seconds that reading the model may take
 HEARTBEAT = 0.2  # seconds between two reports of a process that has nothing to tell
+SILENT = 10.0  # seconds without a report after which a process counts as gone; Ray itself may need a minute
 BLAME = 2.0  # seconds in which the death of a process may show after it has broken another one's link
-SHARE = 0.1  # of a CPU, as Ray counts them; stages are limited by their GPUs
+SHARE = 0.1  # of a CPU beside a GPU, as Ray counts them; a stage without a GPU takes a CPU
 STORE = 100 * 2**20  # bytes of Ray's object store, which holds a few requests and latents
 
 
@@ -57,10 +58,11 @@ class Cluster:
             raise PlanError("stages in other processes need Ray, which is not installed: pip install ray") from error
         self.address, self.devices = address, tuple(devices)
         self.processes: list = []
-        self.memory: list[int | None] = []  # bytes of each process's GPU
+        self.addresses: list[str] = []  # of their machines
+        self.memory: list[int | None] = []  # bytes of their GPUs
         self._ray, self._met, self._group = ray, None, None
         try:
-            _connect(ray, address)
+            _connect(ray, address, len(devices))
             self._start()
         except BaseException:
             self.close()
@@ -71,29 +73,36 @@ class Cluster:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         ray = self._ray
-        cards = [float(device.startswith("cuda")) for device in self.devices]
-        self._group = placement_group([{"CPU": SHARE} | ({"GPU": gpus} if gpus else {}) for gpus in cards], "PACK")
+        needs = [{"CPU": SHARE, "GPU": 1} if device.startswith("cuda") else {"CPU": 1} for device in self.devices]
+        self._group = placement_group(needs, "PACK")
         if not self._group.wait(STARTING):
             there = ray.cluster_resources()
             raise PlanError(
-                f"{len(cards)} processes with {sum(cards):g} GPUs in all cannot be placed: the cluster has "
-                f"{there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs, and too few of them are free"
+                f"{len(needs)} processes with {sum('GPU' in need for need in needs)} GPUs in all cannot be placed: the "
+                f"cluster has {there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs, and too few are free"
             )
         actor = ray.remote(concurrency_groups={"give": 1, "poll": 1})(_Process)
         self.processes = [
             actor.options(
-                num_cpus=SHARE,
-                num_gpus=gpus,
+                num_cpus=need["CPU"],
+                num_gpus=need.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
             ).remote()
-            for index, gpus in enumerate(cards)
+            for index, need in enumerate(needs)
         ]
+        addresses = self.all(lambda process, index: process.address.remote(), STARTING)
+        if all(need == needs[0] for need in needs):  # neighbours on one machine, ours first
+            here = ray.util.get_node_ip_address()
+            order = sorted(range(len(needs)), key=lambda i: (addresses[i] != here, addresses[i]))
+            self.processes = [self.processes[i] for i in order]
+            addresses = [addresses[i] for i in order]
+        self.addresses = addresses
         self.memory = self.all(lambda process, index: process.memory.remote(), STARTING)
-        self._addresses = self.all(lambda process, index: process.address.remote(), STARTING)
-        log.info("%d processes on %s", len(cards), ", ".join(dict.fromkeys(self._addresses)))
+        log.info("%d processes on %s", len(needs), ", ".join(dict.fromkeys(addresses)))
 
     def all(self, call: Callable, timeout: float) -> list:
-        """Results of `call(process, index)` of all at the same time. Raises StageError, and then this is closed."""
+        """Results of `call(process, index)` of all at the same time. What a process raises for a reader is raised here;
+        for anything else PlanError, and then this is closed."""
         ray = self._ray
         deadline = time.monotonic() + timeout
         results = []
@@ -101,8 +110,11 @@ class Cluster:
             try:
                 results.append(ray.get(ref, timeout=max(0.0, deadline - time.monotonic())))
             except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, LiveAvatarError):
+                    raise cause from error
                 self.close()
-                raise StageError(index, PREFILL, PREFILL, reason_of(error, ray)) from error
+                raise PlanError(f"stage {index} cannot be made ready: {_reason(error, ray)}") from error
         return results
 
     def ensure(
@@ -115,12 +127,12 @@ class Cluster:
     ) -> None:
         """Have every process know the others and hold its part of the model; each machine reads its own files.
 
-        `plan` has one stage per process. Raises StageError with what went wrong in one of them.
+        `plan` has one stage per process. Raises what `all` does.
         """
         if self._met is None:
-            first = self._addresses[0]
+            first = self.addresses[0]
             port = self._ray.get(self.processes[0].host.remote(first, len(self.processes)))
-            self.all(lambda p, i: p.meet.remote(first, port, i, plan, self._addresses[i]), STARTING)
+            self.all(lambda p, i: p.meet.remote(first, port, i, plan, self.addresses[i]), STARTING)
             self._met = plan
         self.all(lambda p, i: p.load.remote(model, config, plan.stages[i], precision, open_model), LOADING)
 
@@ -154,7 +166,7 @@ class Cluster:
 _connected: str | None = None  # the cluster of this process; Ray allows one, and starting takes seconds
 
 
-def _connect(ray, address: str) -> None:
+def _connect(ray, address: str, processes: int) -> None:
     """Until the process ends, or another address is wanted. A connection that somebody else has made is left alone."""
     global _connected
     if ray.is_initialized():
@@ -164,7 +176,7 @@ def _connect(ray, address: str) -> None:
     settings = {"log_to_driver": False, "configure_logging": False}
     settings["runtime_env"] = {"py_modules": [str(Path(liveavatar_core.__file__).parent)]}  # the same code for all
     if address == LOCAL:
-        settings |= {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": os.cpu_count()}
+        settings |= {"include_dashboard": False, "object_store_memory": STORE, "num_cpus": max(processes, MOST)}
     try:
         ray.init(address=address, **settings)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -172,7 +184,7 @@ def _connect(ray, address: str) -> None:
     _connected = address
 
 
-def reason_of(error: Exception, ray) -> str:
+def _reason(error: Exception, ray) -> str:
     """What a reader needs of an error that came through Ray."""
     if isinstance(error, ray.exceptions.RayActorError):
         return f"its process has died ({str(error).splitlines()[0]})"
@@ -203,6 +215,7 @@ class ClusterPipeline:
             before = time.perf_counter()
             theirs = self._ray.get(process.clock.remote())
             self._offsets.append((before + time.perf_counter()) / 2 - theirs)
+        self._heard = [time.monotonic()] * len(self.plan.stages)
         for stage in range(len(self.plan.stages)):
             self._poll(stage)
         self.monitor.watch(self._gauges)
@@ -212,7 +225,7 @@ class ClusterPipeline:
         """Stop at the next hop. Processes that cannot are ended, and with them all; the next stream starts new ones."""
         self.monitor.watch(Gauges)
         refs = [process.end.remote() for process in self._cluster.processes]
-        ended, _ = self._ray.wait(refs, num_returns=len(refs), timeout=2 * ENDING) if refs else ([], [])
+        ended, _ = self._ray.wait(refs, num_returns=len(refs), timeout=ENDING + 1) if refs else ([], [])
         try:
             clean = len(ended) == len(refs) and all(self._ray.get(ended))
         except self._ray.exceptions.RayError:
@@ -235,13 +248,15 @@ class ClusterPipeline:
         deadline = time.monotonic() + timeout
         while not self._results:
             left = deadline - time.monotonic()
-            if self._suspect is not None and time.monotonic() > self._suspect[1] + BLAME:
+            if self._suspect is not None and (not self._polls or time.monotonic() > self._suspect[1] + BLAME):
                 raise self._suspect[0]
             if left <= 0:
                 return None
-            ready, _ = self._ray.wait(list(self._polls), num_returns=1, timeout=left)
-            for ref in ready:
+            # Whatever is there counts before anybody is called silent: the driver may not have asked for long.
+            there, _ = self._ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
+            for ref in there or self._ray.wait(list(self._polls), num_returns=1, timeout=left)[0]:
                 self._hear(self._polls.pop(ref), ref)
+            self._check_silence()
         return self._results.popleft()
 
     def _give(self, stage: int, payload: Payload) -> None:
@@ -255,7 +270,8 @@ class ClusterPipeline:
         try:
             report: Report = self._ray.get(ref)
         except self._ray.exceptions.RayError as error:
-            raise StageError(stage, *self._at[stage], reason_of(error, self._ray)) from error
+            raise StageError(stage, *self._at[stage], _reason(error, self._ray)) from error
+        self._heard[stage] = time.monotonic()
         offset = self._offsets[stage]
         self._at[stage], self._waiting[stage], self._memory[stage] = report.at, report.waiting, report.memory
         for span in report.spans:
@@ -269,6 +285,12 @@ class ClusterPipeline:
             raise report.failure.error()
         elif self._suspect is None:
             self._suspect = report.failure.error(), time.monotonic()
+
+    def _check_silence(self) -> None:
+        for stage in self._polls.values():
+            if time.monotonic() - self._heard[stage] > SILENT:
+                reason = f"nothing has been heard of its process for {SILENT:g} s; it or its machine is gone"
+                raise StageError(stage, *self._at[stage], reason)
 
     def _gauges(self) -> Gauges:
         memory = {f"stage {i}": nbytes for i, nbytes in enumerate(self._memory) if nbytes}
