@@ -135,7 +135,7 @@ class Worker:
                         return candidates[chosen]
                     wake = POLL if wake == NEVER else min(max(POLL, wake - now), LOOK)
                 elif candidates:
-                    wake = POLL
+                    wake = LOOK
                 self._changed.wait(wake)
         return None
 
