@@ -156,6 +156,8 @@ class Runtime:
         if spec.cluster is not None:
             return self._ensure_cluster(model, config, spec, steps, precision, geometry)
         _check_devices(spec.devices)
+        if self.is_streaming:
+            raise PlanError("another Live Avatar stream is running on these devices; wait for it or stop it first")
         if self._last is not None and not self._last.ended(STALLED):
             raise PlanError(
                 f"the stream before, though stopped, is in the middle of a hop since more than {STALLED:g} s, and uses "
