@@ -27,7 +27,7 @@ ROWS = (  # key of a line, words, unit
     ("growth_mib", "  growth of allocated memory", "MiB"),
     ("gpu_idle", "  GPU idle", ""),
     ("ttff_ms", "time to first frames, warm, from sound in", "ms"),
-    ("features_ms", "  of which speech features", "ms"),
+    ("features_ms", "  until the first speech features are there", "ms"),
     ("first_latents_ms", "  until the first latents are there", "ms"),
     ("portrait_ms", "portrait to latents, before that", "ms"),
     ("load_s", "model loaded in", "s"),
