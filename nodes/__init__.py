@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from . import bench, convert, decode, demo, inputs, live, loaders, memory, sampler, timeline, tools
+from . import bench, convert, decode, demo, inputs, live, loaders, memory, preset, sampler, timeline, tools
 
 
 class LiveAvatarExtension(ComfyExtension):
@@ -18,6 +18,7 @@ class LiveAvatarExtension(ComfyExtension):
         return [
             loaders.ModelLoader,
             loaders.RuntimeSettings,
+            preset.Preset,
             demo.DemoLoader,
             inputs.ImageLoader,
             inputs.AudioEncoder,

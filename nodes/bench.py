@@ -8,12 +8,12 @@ from functools import partial
 import comfy.model_management
 from comfy_api.latest import io
 
-from liveavatar_core.config import MAX_STEPS, SamplingConfig
+from liveavatar_core.config import SamplingConfig
 
 from . import host
-from .inputs import DEFAULT_SIZE, SIZES
 from .loaders import runtime_spec
 from .memory import geometry_of
+from .preset import size_input, steps_input
 from .types import CATEGORY, ModelSocket, RuntimeSocket
 
 log = logging.getLogger(__name__)
@@ -35,13 +35,8 @@ class Benchmark(io.ComfyNode):
                 ModelSocket.Input("model"),
                 io.Vae.Input("vae", tooltip="Wan 2.1 VAE"),
                 io.AudioEncoder.Input("audio_encoder"),
-                io.Combo.Input(
-                    "size",
-                    options=list(SIZES),
-                    default=DEFAULT_SIZE,
-                    tooltip="Size of the video, where no image is connected.",
-                ),
-                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Denoising steps of the sampler."),
+                size_input(),
+                steps_input(),
                 io.Image.Input("image", optional=True, tooltip="The picture the video will be made of; for its size."),
                 RuntimeSocket.Input("runtime", optional=True),
                 io.Boolean.Input(

@@ -10,11 +10,10 @@ from liveavatar_core.errors import InputError
 from liveavatar_core.geometry import DEFAULT_FPS, MIN_SIDE, PIXELS_PER_TOKEN, Geometry, frames_for
 
 from . import host
+from .preset import DEFAULT_SIZE, SIZES, sides
 from .types import CATEGORY, Speech, SpeechSocket
 
 CONNECTED = "use the connected image"
-SIZES = {"384*256 quick preview": 384 * 256, "688*368 standard": 688 * 368, "704*384 high quality": 704 * 384}
-DEFAULT_SIZE = "704*384 high quality"
 
 
 class ImageLoader(io.ComfyNode):
@@ -88,16 +87,17 @@ class ImageLoader(io.ComfyNode):
 
         picture = _first(image) if file == CONNECTED else _read(folder_paths.get_annotated_filepath(file))
         warnings = picture_warnings(picture)
+        across, down = sides(size)
         rows, columns = picture.shape[:2]
         if bool(width) != bool(height):
             raise InputError(f"width is {width} and height is {height}; set both, or neither to follow size")
         if width and min(width, height) < MIN_SIDE:
             raise InputError(f"the size is {width}x{height} px; each side must have at least {MIN_SIDE} px")
         if fit == "original":
-            target = reference_size(rows, columns, SIZES[size])
+            target = reference_size(rows, columns, across * down)
             pixels = reference_crop(picture, *target)
         else:
-            target = (height, width) if width else fit_size(rows, columns, SIZES[size])
+            target = (height, width) if width else fit_size(rows, columns, across * down)
             pixels = cover(picture, *target)
         geometry = Geometry(*target)
         prepared = ((pixels + 1) / 2).permute(1, 2, 0).unsqueeze(0)

@@ -3,13 +3,12 @@
 import comfy.model_management
 from comfy_api.latest import io
 
-from liveavatar_core.config import MAX_STEPS
 from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry
 
 from . import host
-from .inputs import DEFAULT_SIZE, SIZES
 from .loaders import runtime_spec
+from .preset import sides, size_input, steps_input
 from .sampler import fitted
 from .types import CATEGORY, ModelSocket, RuntimeSocket
 
@@ -26,13 +25,8 @@ class MemoryPlan(io.ComfyNode):
             "planned for, too.",
             inputs=[
                 ModelSocket.Input("model"),
-                io.Combo.Input(
-                    "size",
-                    options=list(SIZES),
-                    default=DEFAULT_SIZE,
-                    tooltip="Size of the video, where no image is connected.",
-                ),
-                io.Int.Input("steps", default=4, min=1, max=MAX_STEPS, tooltip="Denoising steps of the sampler."),
+                size_input(),
+                steps_input(),
                 io.Image.Input("image", optional=True, tooltip="The picture the video will be made of."),
                 RuntimeSocket.Input("runtime", optional=True),
             ],
@@ -86,7 +80,7 @@ def geometry_of(size: str, image) -> Geometry:
     """Of a video of this IMAGE, or, without one, of this entry of SIZES."""
     if image is not None:
         return Geometry(*fitted(image).shape[1:])
-    width, height = (int(side) for side in size.split()[0].split("*"))
+    width, height = sides(size)
     return Geometry(height, width)
 
 

@@ -17,7 +17,7 @@ def benchmark(**inputs: object) -> dict:
     sockets["image"] = [node_of(workflow, "ImageLoader"), 0]
     for name in ("Sampler", "Decode", "AudioEncoder", "PromptConditioner"):
         del workflow[node_of(workflow, name)]
-    settings = {"size": "384*256 quick preview", "steps": 2, "blocks": 13, **inputs}
+    settings = {"size": "384*256", "steps": 2, "blocks": 13, **inputs}
     return workflow | {"bench": {"class_type": "LiveAvatar_Benchmark", "inputs": sockets | settings}}
 
 

@@ -46,7 +46,7 @@ def test_the_memory_plan_is_shown(run_workflow):
     """For this machine, and for one with four cards that this is not."""
     workflow = small(Sampler__seed=122)
     model = workflow[node_of(workflow, "Sampler")]["inputs"]["model"]
-    inputs = {"model": model, "size": "384*256 quick preview", "steps": 4}
+    inputs = {"model": model, "size": "384*256", "steps": 4}
     plan = {"class_type": "LiveAvatar_MemoryPlan", "inputs": inputs}
     cards = {"devices": "cuda:0, cuda:1, cuda:2, cuda:3", "plan": "ring", "precision": "fp8"} | EXACT
     elsewhere = {"class_type": "LiveAvatar_MemoryPlan", "inputs": inputs | {"runtime": ["cards", 0]}}

@@ -42,7 +42,10 @@ async function makeSmall() {
   await page.evaluate(() => {
     const small = { LiveAvatar_ImageLoader: { width: 96, height: 64 }, LiveAvatar_AudioEncoder: { seconds: 1 } }
     for (const node of app.graph.nodes)
-      for (const widget of node.widgets ?? []) widget.value = small[node.type]?.[widget.name] ?? widget.value
+      for (const [name, value] of Object.entries(small[node.type] ?? {})) {
+        node.disconnectInput(node.findInputSlot(name)) // a preset's, perhaps
+        node.widgets.find((widget) => widget.name === name).value = value
+      }
   })
 }
 
