@@ -71,8 +71,12 @@ class HostedRings:
     def end(self, step: int) -> None:
         """After a step."""
         if any(key[0] == step for key in self._caches):
-            self._down.join()
-            self._up.join()
+            self.join()
+
+    def join(self) -> None:
+        """Whatever is being copied comes before what the caller does next."""
+        self._down.join()
+        self._up.join()
 
     def _visit(self, key: Key, block: int) -> int:
         return block * len(self._rings) + self._numbers[key]

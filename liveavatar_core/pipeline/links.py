@@ -18,6 +18,8 @@ from torch import Tensor
 
 from liveavatar_core.types import Payload
 
+CLOCK_IS_RIGHT = 60.0  # seconds; two clocks drift apart, and a device tells long times in few digits
+
 Value = TypeVar("Value")
 
 
@@ -46,15 +48,21 @@ class Mark:
 class _Clock:
     """A device's time in the host's seconds."""
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        """`stream` has no work waiting."""
-        self._zero = torch.cuda.Event(enable_timing=True)
-        self._zero.record(stream)
-        self._zero.synchronize()
-        self._host = time.perf_counter()
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _idle_stream(device)
+        self._zero = self._set()
+
+    def _set(self) -> tuple[torch.cuda.Event, float]:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        event.synchronize()
+        return event, time.perf_counter()
 
     def time_of(self, event: torch.cuda.Event) -> float:
-        return self._host + self._zero.elapsed_time(event) / 1000
+        if time.perf_counter() - self._zero[1] > CLOCK_IS_RIGHT:
+            self._zero = self._set()
+        zero, host = self._zero
+        return host + zero.elapsed_time(event) / 1000  # below zero for what was before
 
 
 class Lane:
@@ -63,7 +71,7 @@ class Lane:
     def __init__(self, device: torch.device, streams: tuple[torch.cuda.Stream, ...] = ()) -> None:
         self.device = device
         self.compute, self.leaving, self.arriving = streams or (None, None, None)
-        self._clock = _Clock(self.leaving) if streams else None
+        self._clock = _Clock(device) if streams else None
 
     def active(self) -> AbstractContextManager:
         """Work of this thread goes here."""
@@ -106,6 +114,12 @@ def lanes(devices: Sequence[torch.device]) -> list[Lane]:
 
 
 @cache
+def _idle_stream(device: torch.device) -> torch.cuda.Stream:
+    """Nothing waits on it, so whatever is recorded there has passed."""
+    return torch.cuda.Stream(device)
+
+
+@cache
 def _streams(device: torch.device, number: int) -> tuple[torch.cuda.Stream, ...]:
     """The same ones for the life of the process: libraries keep workspaces for every stream they have seen."""
     return tuple(torch.cuda.Stream(device) for _ in range(3))
@@ -144,8 +158,16 @@ def _route(source: Lane, target: Lane) -> tuple[Callable[[Tensor, Lane, Lane], T
         return _up, target
     if source.device == target.device:
         return _shared, source
-    reachable = torch.cuda.can_device_access_peer(source.device, target.device)
-    return (_direct, source) if reachable else (_bounced, target)
+    return (_direct, source) if _reaches(source.device, target.device) else (_bounced, target)
+
+
+@cache
+def _reaches(source: torch.device, target: torch.device) -> bool:
+    """Whether one card can write into the other's memory. Tried, not only asked: some boards say yes and lose bytes."""
+    if not torch.cuda.can_device_access_peer(source, target):
+        return False
+    sent = torch.arange(2**20, dtype=torch.int32)
+    return torch.equal(sent.to(source).to(target).cpu(), sent)
 
 
 def _kept(x: Tensor, source: Lane, target: Lane) -> Tensor:

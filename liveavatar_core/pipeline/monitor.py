@@ -72,6 +72,7 @@ class Monitor:
         self._spans: deque[Span] = deque(maxlen=KEPT)
         self._finished: deque[tuple[int, float]] = deque(maxlen=KEPT)
         self._shown: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._rests: list[tuple[float, float]] = []
         self._gauges: Callable[[], Gauges] = Gauges
 
     def watch(self, gauges: Callable[[], Gauges]) -> None:
@@ -94,6 +95,11 @@ class Monitor:
             there = next((when for other, when in reversed(self._finished) if other == block), now)
             self._spans.append(Span(DECODER, "compute", block, 0, min(now, max(free, there)), now))
             self._shown.append((block, now))
+
+    def rested(self, begin: float, end: float) -> None:
+        """Nobody wanted blocks meanwhile: the time is left out of rates and of when blocks are due."""
+        with self._lock:
+            self._rests.append((begin, end))
 
     def drain(self) -> list[Span]:
         """The spans since the last call, which are forgotten here."""
@@ -120,7 +126,15 @@ class Monitor:
         if not blocks:
             return []
         first, begun = blocks[0]
-        return [block for block, when in blocks if when > begun + (_frame(block) - _frame(first)) / self._fps]
+        return [
+            block
+            for block, when in blocks
+            if when - self._rest(begun, when) > begun + (_frame(block) - _frame(first)) / self._fps
+        ]
+
+    def _rest(self, begin: float, end: float) -> float:
+        """Seconds of rests in between."""
+        return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self._rests)
 
     def snapshot(self) -> Snapshot:
         """Of the last seconds; of those before the end once nothing runs any more."""
@@ -130,7 +144,10 @@ class Monitor:
             now = max(span.end for span in spans)
         since = now - WINDOW
         recent = [when for _, when in blocks if when > since]
-        fps = FRAMES_PER_BLOCK * (len(recent) - 1) / (recent[-1] - recent[0]) if len(recent) > 1 else None
+        fps = None
+        if len(recent) > 1:
+            first, last = recent[0], recent[-1]
+            fps = FRAMES_PER_BLOCK * (len(recent) - 1) / (last - first - self._rest(first, last))
         begin = max(since, min((span.begin for span in spans), default=now))
         count = max([len(gauges.waiting), *(span.stage + 1 for span in spans)])
         recent_spans = [span for span in spans if span.end > begin]

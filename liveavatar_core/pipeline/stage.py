@@ -108,7 +108,18 @@ class Stage:
 
     def run(self, payload: Payload) -> Payload:
         """Do this stage's part of one step (or of a prefill); tensors come back on this stage's device."""
-        return self._prefill(payload) if payload.step == PREFILL else self._denoise(payload)
+        try:
+            return self._prefill(payload) if payload.step == PREFILL else self._denoise(payload)
+        except BaseException:
+            self._join_copies()
+            raise
+
+    def _join_copies(self) -> None:
+        """Memory that something is being copied into may change hands only after that."""
+        if self.model.hosted is not None:
+            self.model.hosted.leave()
+        if self._rings is not None:
+            self._rings.join()
 
     def _prefill(self, payload: Payload) -> Payload:
         hidden = payload.hidden

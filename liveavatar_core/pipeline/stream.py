@@ -4,6 +4,7 @@ Both ends are lazy. Features are asked for when a block is admitted, frames are 
 more than `depth` blocks are in flight: an endless stream needs constant memory.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,8 @@ from torch import Tensor
 from liveavatar_core.config import SamplingConfig
 from liveavatar_core.errors import Cancelled
 from liveavatar_core.geometry import FRAMES_DROPPED, PRIME_LATENTS
+from liveavatar_core.pipeline.hold import Hold
+from liveavatar_core.pipeline.monitor import Monitor
 from liveavatar_core.types import BlockRequest, Conditioning
 
 POLL_SECONDS = 0.05  # how long a cancel may go unnoticed while a block is being made
@@ -85,11 +88,37 @@ def _with_sink(request: BlockRequest, reanchor: int | None) -> BlockRequest:
 
 def _wait(pipeline: Pipeline, should_stop: Callable[[], bool]) -> Tensor:
     while True:
-        if should_stop():
-            raise Cancelled("the stream was stopped; the blocks made so far are kept")
+        _check(should_stop)
         result = pipeline.result(POLL_SECONDS)
         if result is not None:
             return result[1]
+
+
+def _check(should_stop: Callable[[], bool]) -> None:
+    if should_stop():
+        raise Cancelled("the stream was stopped; the blocks made so far are kept")
+
+
+def held(
+    latents: Iterable[tuple[int, Tensor]],
+    hold: Hold,
+    monitor: Monitor,
+    blocks: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[int, Tensor]]:
+    """The same, of `blocks` blocks: while `hold` is paused none is pulled, though those in flight are finished; once it
+    is stopped there are no more. Raises Cancelled when `should_stop()` turns true during a pause.
+    """
+    for block, latent in latents:
+        yield block, latent
+        if block + 1 < blocks and hold.paused:
+            begin = time.perf_counter()
+            while hold.paused:
+                _check(should_stop)
+                hold.wait(POLL_SECONDS)
+            monitor.rested(begin, time.perf_counter())
+        if hold.stopped:
+            return
 
 
 def frame_chunks(
