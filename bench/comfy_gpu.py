@@ -29,9 +29,9 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.client import Client  # noqa: E402
 from launch.comfy import PACK, Comfy  # noqa: E402
 from launch.demo import patch  # noqa: E402
+from liveavatar_core.client.connection import Client  # noqa: E402
 
 WORKFLOW = ROOT / "workflows" / "api" / "real_files.json"
 GIB = 2**30

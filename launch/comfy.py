@@ -1,7 +1,7 @@
 """A real ComfyUI as an object: started headless with the pack, ready when `start` returns, gone after `stop`.
 
 Runs ComfyUI with the interpreter it is used from, in a base directory of its own, so that neither a user's models nor
-their settings are touched. What to do with a running server is `client.py`'s business.
+their settings are touched. What to do with a running server is `liveavatar_core.client`'s business.
 """
 
 import contextlib

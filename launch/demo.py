@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -10,6 +9,9 @@ import time
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+
+from liveavatar_core.client.workflow import Progress, patch, read
+from liveavatar_core.errors import LiveAvatarError
 
 from . import ROOT, LaunchError
 
@@ -45,41 +47,10 @@ def as_arguments(options: argparse.Namespace) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
 
 
-def patch(workflow: dict[str, dict], values: dict[tuple[str, str], object]) -> dict[str, dict]:
-    """The workflow with inputs replaced, addressed by (class_type, input name) so that node ids may change."""
-    patched = {node_id: {**node, "inputs": dict(node["inputs"])} for node_id, node in workflow.items()}
-    for (class_type, name), value in values.items():
-        nodes = [node for node in patched.values() if node["class_type"] == class_type]
-        if not nodes:
-            raise LaunchError(f"The workflow has no {class_type} node to set {name} of.")
-        for node in nodes:
-            node["inputs"][name] = value
-    return patched
-
-
-class Progress:
-    """Prints one line whenever a node of the workflow has finished another block."""
-
-    def __init__(self, workflow: dict[str, dict]) -> None:
-        self._names = {node_id: node["class_type"].removeprefix("LiveAvatar_") for node_id, node in workflow.items()}
-        self._seen: dict[str, float] = {}
-        self._start = time.monotonic()
-
-    def __call__(self, kind: str, data: dict) -> None:
-        if kind != "progress_state":
-            return
-        for node_id, state in data["nodes"].items():
-            value, total = state["value"], state["max"]
-            if total > 1 and value > self._seen.get(node_id, 0):
-                self._seen[node_id] = value
-                name = self._names.get(node_id, node_id)
-                seconds = time.monotonic() - self._start
-                print(f"  {name}: block {value:g} of {total:g}  ({seconds:.1f} s)", flush=True)
-
-
 async def make_video(url: str, options: argparse.Namespace) -> Path:
-    from .client import Client
+    from liveavatar_core.client.connection import Client
 
+    start = time.monotonic()
     async with Client(url) as client:
         for asset in (PORTRAIT, SPEECH):  # what the workflow names when it is opened in the browser
             await client.upload(asset)
@@ -91,8 +62,14 @@ async def make_video(url: str, options: argparse.Namespace) -> Path:
             values["LiveAvatar_PromptConditioner", "text"] = options.prompt
         if options.seconds is not None:
             values["LiveAvatar_AudioEncoder", "seconds"] = options.seconds
-        workflow = patch(json.loads(WORKFLOW.read_text(encoding="utf-8")), values)
-        outputs = await client.run(workflow, Progress(workflow))
+        workflow = patch(read(WORKFLOW), values)
+        progress = Progress(workflow)
+
+        def show(kind: str, data: dict) -> None:
+            for news in progress.news(kind, data):
+                print(f"  {news}  ({time.monotonic() - start:.1f} s)", flush=True)
+
+        outputs = await client.run(workflow, show)
         files = [file for output in outputs.values() for file in output.get("images", [])]
         videos = [file for file in files if file["filename"].endswith(".mp4")]
         if not videos:
@@ -138,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         run(parse(arguments))
-    except LaunchError as error:
+    except (LaunchError, LiveAvatarError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -14,7 +14,6 @@ import pytest
 import run
 from launch import ROOT, LaunchError, demo, environment
 from launch.cache import cache_folder, locked
-from launch.client import WorkflowFailed, _explain
 from launch.comfy import Comfy
 
 # Answers like ComfyUI as far as `Comfy` asks, and says which folder it was given.
@@ -142,30 +141,6 @@ def test_demo_options_survive_the_change_of_folder(monkeypatch: pytest.MonkeyPat
 def test_demo_refuses_in_one_sentence(arguments: list[str], sentence: str) -> None:
     with pytest.raises(LaunchError, match=f"^{sentence}$"):
         demo.parse(arguments)
-
-
-def test_patch_goes_by_class_and_leaves_the_original() -> None:
-    workflow = {"7": {"class_type": "LoadImage", "inputs": {"image": "a.png"}}}
-    assert demo.patch(workflow, {("LoadImage", "image"): "b.png"})["7"]["inputs"] == {"image": "b.png"}
-    assert workflow["7"]["inputs"] == {"image": "a.png"}
-    with pytest.raises(LaunchError, match="LoadAudio"):
-        demo.patch(workflow, {("LoadAudio", "audio"): "b.wav"})
-
-
-def test_progress_prints_one_line_per_block(capsys: pytest.CaptureFixture) -> None:
-    progress = demo.Progress({"5": {"class_type": "LiveAvatar_Decode", "inputs": {}}})
-    for value in (0, 1, 1, 2):
-        progress("progress_state", {"nodes": {"5": {"value": value, "max": 2}, "6": {"value": 1, "max": 1}}})
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  (")[0].strip() for line in lines] == ["Decode: block 1 of 2", "Decode: block 2 of 2"]
-
-
-def test_refusals_are_one_line_per_reason() -> None:
-    error = {"message": "Value not in list", "details": "image: 'x' not in []"}
-    refusal = {"error": {}, "node_errors": {"3": {"class_type": "LoadImage", "errors": [error]}}}
-    assert _explain(refusal).endswith("LoadImage (node 3): Value not in list: image: 'x' not in []")
-    assert "Node 'X' not found." in _explain({"error": {"message": "Node 'X' not found.", "details": "#1"}})
-    assert issubclass(WorkflowFailed, LaunchError)
 
 
 def test_server_starts_with_the_pack_and_stops_in_order(tmp_path: Path) -> None:

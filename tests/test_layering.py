@@ -19,7 +19,7 @@ RANKS = [
     {"weights"},
     {"pipeline", "demo"},
     {"runtime"},
-    {"bench", "evaluate"},
+    {"bench", "client", "evaluate"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "server", "nodes", "folder_paths", "execution"}
@@ -63,8 +63,12 @@ def test_nodes_leave_the_model_alone():
 
 
 def test_what_is_optional_stays_in_its_files():
-    """Ray and torch.distributed are imported where processes are meant, and nowhere else."""
-    homes = {"ray": {"cluster.py"}, "torch.distributed": {"exchange.py", "process.py"}}
+    """Ray and torch.distributed are imported where processes are meant, the host's HTTP library in the client."""
+    homes = {
+        "ray": {"cluster.py"},
+        "torch.distributed": {"exchange.py", "process.py"},
+        "aiohttp": {"connection.py"},
+    }
     for path in CORE_FILES:
         for module in imports(path):
             for name, files in homes.items():

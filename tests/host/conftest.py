@@ -19,8 +19,8 @@ from real_names import furnish_models
 
 from launch import ROOT
 from launch.cache import cache_folder, locked
-from launch.client import Client
 from launch.comfy import PACK, Comfy
+from liveavatar_core.client.connection import Client
 
 HERE = Path(__file__).parent
 WORKFLOWS = ROOT / "workflows"

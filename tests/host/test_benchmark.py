@@ -6,7 +6,7 @@ import pytest
 from test_hostile import small
 from test_running import node_of
 
-from launch.client import Client, WorkflowFailed
+from liveavatar_core.client.connection import Client, WorkflowFailed
 
 
 def benchmark(**inputs: object) -> dict:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from launch import ROOT, demo
-from launch.client import WorkflowFailed
+from liveavatar_core.client.connection import WorkflowFailed
 from liveavatar_core.demo import DemoFiles
 
 DEMO = ROOT / "workflows" / "api" / "demo.json"

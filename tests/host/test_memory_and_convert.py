@@ -7,7 +7,7 @@ import pytest
 from test_hostile import small
 from test_running import node_of, pictures, the_video
 
-from launch.client import WorkflowFailed
+from liveavatar_core.client.connection import WorkflowFailed
 
 EXACT = {"attention": "exact", "kv_cache": "full", "vram": 0.0}
 

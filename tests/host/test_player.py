@@ -17,7 +17,7 @@ import pytest
 from test_hostile import small
 
 from launch import ROOT
-from launch.client import Client, WorkflowFailed
+from liveavatar_core.client.connection import Client, WorkflowFailed
 
 PAGE = ROOT / "workflows" / "demo.json"
 SECONDS, FRAMES = 1.6, 40  # of a film; four blocks

@@ -12,8 +12,8 @@ import numpy
 import pytest
 from test_hostile import small
 
-from launch.client import Client, WorkflowFailed
 from launch.comfy import Comfy
+from liveavatar_core.client.connection import Client, WorkflowFailed
 
 PREVIEW = b"\0\0\0\4"  # a picture with metadata, among the binary messages of ComfyUI's websocket
 

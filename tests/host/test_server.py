@@ -8,7 +8,7 @@ import av
 import pytest
 
 from launch import demo
-from launch.client import WorkflowFailed
+from liveavatar_core.client.connection import WorkflowFailed
 
 SECONDS = 1.0
 

@@ -5,7 +5,7 @@ import pytest
 from test_hostile import small
 from test_running import node_of, pictures, the_video
 
-from launch.client import WorkflowFailed
+from liveavatar_core.client.connection import WorkflowFailed
 
 
 def with_plan(workflow: dict, devices: str, plan: str) -> dict:
