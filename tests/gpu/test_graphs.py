@@ -1,5 +1,8 @@
 """CUDA graphs of the layers: the same bits as without, through a change of the attention sink, in several stages."""
 
+import threading
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -88,3 +91,35 @@ def test_graphs_change_no_bit_in_eight_bits(attention, kv_cache):
     assert torch.isfinite(want).all() and want.std() > 0.1
     assert torch.equal(run(plan, graphs=True, reanchor=4, **formats), want)
     assert not torch.equal(run(plan, graphs=True, reanchor=4), want)
+
+
+@contextmanager
+def restless_neighbour():
+    """Another thread of the process that never leaves the device alone, as ComfyUI's other nodes may."""
+    ended, failed = threading.Event(), []
+
+    def work() -> None:
+        try:
+            while not ended.is_set():
+                x = torch.randn(512, 512, device="cuda")
+                torch.empty(2**20, pin_memory=True).copy_((x @ x).flatten()[:1])
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+        except RuntimeError as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+    assert not failed, failed
+
+
+def test_graphs_are_made_beside_other_work():
+    plan = tpp(4, CONFIG.layers, ["cuda:0"] * 2)
+    want = run(plan, graphs=False, reanchor=4)
+    with restless_neighbour():
+        assert torch.equal(run(plan, graphs=True, reanchor=4), want)
