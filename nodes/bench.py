@@ -31,14 +31,17 @@ class Benchmark(io.ComfyNode):
             description="Loads the model and measures, in a minute or two: one denoising step against what this card "
             "can do, the decoder, frames a second of a whole stream, time to the first frame, and memory. Picture, "
             "prompt and sound are random; no video comes out.",
+            search_aliases=["speed", "fps", "measure", "performance"],
             inputs=[
-                ModelSocket.Input("model"),
-                io.Vae.Input("vae", tooltip="Wan 2.1 VAE"),
-                io.AudioEncoder.Input("audio_encoder"),
+                ModelSocket.Input("model", tooltip="From a Model Loader or the Demo Model."),
+                io.Vae.Input("vae", tooltip="The VAE you decode with."),
+                io.AudioEncoder.Input("audio_encoder", tooltip="From Load Audio Encoder."),
                 size_input(),
                 steps_input(),
                 io.Image.Input("image", optional=True, tooltip="The picture the video will be made of; for its size."),
-                RuntimeSocket.Input("runtime", optional=True),
+                RuntimeSocket.Input(
+                    "runtime", optional=True, tooltip="Devices and precision to measure, from a Runtime node."
+                ),
                 io.Boolean.Input(
                     "skip_last_step",
                     default=False,
@@ -59,7 +62,7 @@ class Benchmark(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,
-            outputs=[io.String.Output("STRING", display_name="table")],
+            outputs=[io.String.Output("STRING", display_name="table", tooltip="What was measured, as text.")],
         )
 
     @classmethod

@@ -26,6 +26,7 @@ class ConvertAndSave(io.ComfyNode):
             category=CATEGORY,
             description="Merges the LoRAs, quantises once and saves one file into models/diffusion_models. It loads in "
             "seconds, alone, and gives the same video. A file made of the same sources is kept.",
+            search_aliases=["quantise", "quantize", "fp8", "merge lora", "save model"],
             inputs=[
                 ModelSocket.Input("model", tooltip="Checkpoint and LoRAs, from the Model Loader."),
                 io.String.Input("filename", default="live_avatar_14B_fp8", tooltip="Below models/diffusion_models."),
@@ -38,7 +39,9 @@ class ConvertAndSave(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            outputs=[ModelSocket.Output("LIVEAVATAR_MODEL", display_name="model")],
+            outputs=[
+                ModelSocket.Output("LIVEAVATAR_MODEL", display_name="model", tooltip="The new file, ready for use.")
+            ],
         )
 
     @classmethod

@@ -20,6 +20,7 @@ from . import host, live
 from .types import CATEGORY, Avatar, StreamSocket
 
 GIB = 1024**3
+STREAM_TOOLTIP = "From the Chunked Sampler. It runs while it is decoded here."
 VAE_TOOLTIP = "Wan 2.1 VAE, or a smaller and faster decoder for its latents: taew2_1, lighttaew2_1, lightvaew2_1"
 
 
@@ -32,14 +33,21 @@ class OnlineDecode(io.ComfyNode):
             category=CATEGORY,
             description="Makes the video: pulls the stream block by block and writes picture and sound into a file "
             "that can be played at any moment, also when the run is stopped. Memory does not grow with length.",
+            search_aliases=["save video", "mp4", "preview", "player", "live", "talking head"],
             inputs=[
-                StreamSocket.Input("stream"),
+                StreamSocket.Input("stream", tooltip=STREAM_TOOLTIP),
                 io.Vae.Input("vae", tooltip=VAE_TOOLTIP),
-                io.String.Input("filename_prefix", default="video/LiveAvatar"),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/LiveAvatar",
+                    tooltip="Folder and beginning of the name, below ComfyUI's output folder.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            outputs=[io.Video.Output("VIDEO", display_name="video")],
+            outputs=[
+                io.Video.Output("VIDEO", display_name="video", tooltip="The finished file; it needs no Save Video.")
+            ],
         )
 
     @classmethod
@@ -53,7 +61,7 @@ class OnlineDecode(io.ComfyNode):
         file = f"{name}_{counter:05}_.mp4"
         path = Path(folder) / file
         speech, monitor = stream.speech, stream.stream.monitor
-        shown = live.open_stream(cls.hidden.unique_id, stream.frames / speech.fps, float(speech.fps))
+        shown = live.open_stream(cls.hidden.unique_id, file, stream.frames / speech.fps, float(speech.fps))
         with (
             shown,
             VideoWriter(
@@ -83,12 +91,13 @@ class OnlineDecodeFrames(io.ComfyNode):
             category=CATEGORY,
             description="Makes the video as an IMAGE batch and AUDIO, for other nodes. All frames are held in memory: "
             "for long videos use Online VAE Decode.",
-            inputs=[StreamSocket.Input("stream"), io.Vae.Input("vae", tooltip=VAE_TOOLTIP)],
+            search_aliases=["vae decode", "images", "frames"],
+            inputs=[StreamSocket.Input("stream", tooltip=STREAM_TOOLTIP), io.Vae.Input("vae", tooltip=VAE_TOOLTIP)],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.Image.Output("IMAGE", display_name="images"),
-                io.Audio.Output("AUDIO", display_name="audio"),
-                io.Float.Output("FLOAT", display_name="fps"),
+                io.Image.Output("IMAGE", display_name="images", tooltip="All frames as one batch."),
+                io.Audio.Output("AUDIO", display_name="audio", tooltip="The speech, exactly as long as the frames."),
+                io.Float.Output("FLOAT", display_name="fps", tooltip="Frames a second, for Create Video."),
             ],
         )
 

@@ -26,6 +26,7 @@ class DemoLoader(io.ComfyNode):
             category=CATEGORY,
             description="A tiny model of the real classes, for trying nodes and workflows on any machine. Its weights "
             "are random: the picture is noise. For a real video use the Model Loader and the real files.",
+            search_aliases=["test model", "example", "try"],
             inputs=[
                 io.Boolean.Input(
                     "single_file",
@@ -36,10 +37,10 @@ class DemoLoader(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                ModelSocket.Output("LIVEAVATAR_MODEL", display_name="model"),
-                io.Clip.Output("CLIP", display_name="clip"),
-                io.Vae.Output("VAE", display_name="vae"),
-                io.AudioEncoder.Output("AUDIO_ENCODER", display_name="audio_encoder"),
+                ModelSocket.Output("LIVEAVATAR_MODEL", display_name="model", tooltip="In place of a Model Loader."),
+                io.Clip.Output("CLIP", display_name="clip", tooltip="To the Prompt Conditioner."),
+                io.Vae.Output("VAE", display_name="vae", tooltip="To the Chunked Sampler and the decoder."),
+                io.AudioEncoder.Output("AUDIO_ENCODER", display_name="audio_encoder", tooltip="To the Audio Encoder."),
             ],
         )
 

@@ -27,6 +27,7 @@ class ImageLoader(io.ComfyNode):
             category=CATEGORY,
             description="Fits the speaker's picture to the size of the video, and says what that size is. Best: one "
             "person, frontal, centred, eyes and mouth free, one consistent style, good light.",
+            search_aliases=["portrait", "reference image", "resize", "crop", "talking head", "digital human"],
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -38,9 +39,10 @@ class ImageLoader(io.ComfyNode):
                     "size",
                     options=list(SIZES),
                     default=DEFAULT_SIZE,
-                    tooltip="How many pixels the video may have; the shape is the picture's own.",
+                    tooltip="How many pixels the video may have; the shape is the picture's own. Larger is slower and "
+                    "takes more memory.",
                 ),
-                io.Image.Input("image", optional=True),
+                io.Image.Input("image", optional=True, tooltip="The speaker. Used while file says so."),
                 io.Int.Input(
                     "width",
                     default=0,
@@ -50,7 +52,15 @@ class ImageLoader(io.ComfyNode):
                     advanced=True,
                     tooltip="0: from size. Set both for an exact size; the picture is cropped to it.",
                 ),
-                io.Int.Input("height", default=0, min=0, max=2048, step=PIXELS_PER_TOKEN, advanced=True),
+                io.Int.Input(
+                    "height",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=PIXELS_PER_TOKEN,
+                    advanced=True,
+                    tooltip="0: from size. Set both for an exact size; the picture is cropped to it.",
+                ),
                 io.Combo.Input(
                     "fit",
                     options=["cover", "original"],
@@ -60,7 +70,13 @@ class ImageLoader(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[io.Image.Output("IMAGE", display_name="image")],
+            outputs=[
+                io.Image.Output(
+                    "IMAGE",
+                    display_name="image",
+                    tooltip="The picture at the video's size. To the Chunked Sampler, Memory Plan, Benchmark.",
+                )
+            ],
         )
 
     @classmethod
@@ -141,9 +157,14 @@ class AudioEncoder(io.ComfyNode):
             display_name="Live Avatar Audio Encoder",
             category=CATEGORY,
             description="Speech for the avatar. It is encoded while the video is made, so hours are no problem.",
+            search_aliases=["speech", "voice", "wav2vec", "lip sync", "fps"],
             inputs=[
-                io.Audio.Input("audio"),
-                io.AudioEncoder.Input("audio_encoder", tooltip="wav2vec2-large-xlsr-53-english"),
+                io.Audio.Input(
+                    "audio", tooltip="Speech; the video is as long as it is. Music behind it disturbs the lips."
+                ),
+                io.AudioEncoder.Input(
+                    "audio_encoder", tooltip="wav2vec2-large-xlsr-53-english, from Load Audio Encoder."
+                ),
                 io.Float.Input(
                     "seconds",
                     default=0.0,
@@ -162,7 +183,7 @@ class AudioEncoder(io.ComfyNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
-            outputs=[SpeechSocket.Output("LIVEAVATAR_AUDIO", display_name="speech")],
+            outputs=[SpeechSocket.Output("LIVEAVATAR_AUDIO", display_name="speech", tooltip="To the Chunked Sampler.")],
         )
 
     @classmethod
@@ -221,9 +242,11 @@ class PromptConditioner(io.ComfyNode):
             node_id="LiveAvatar_PromptConditioner",
             display_name="Live Avatar Prompt Conditioner",
             category=CATEGORY,
-            description="Encodes the prompt. Say who speaks, where, how; a named style, light and action help clearly.",
+            description="Encodes the prompt. Say who speaks, where, how; a named style, light and action help clearly. "
+            "Shows the words it sends.",
+            search_aliases=["prompt", "text", "style", "clip text encode"],
             inputs=[
-                io.Clip.Input("clip", tooltip="umT5-XXL, loaded with type wan."),
+                io.Clip.Input("clip", tooltip="umT5-XXL, from Load CLIP with type wan."),
                 io.String.Input(
                     "text",
                     multiline=True,
@@ -232,15 +255,19 @@ class PromptConditioner(io.ComfyNode):
                     tooltip="Example: a cheerful dwarf in a forge, laughing heartily, warm lighting.",
                 ),
                 io.Combo.Input(
-                    "style", options=STYLES, default=NONE, tooltip="Added to the prompt, in words you can see."
+                    "style", options=STYLES, default=NONE, tooltip="The picture's style, added to the prompt."
                 ),
-                io.Combo.Input("lighting", options=LIGHTS, default=NONE),
-                io.Combo.Input("action", options=ACTIONS, default=NONE),
+                io.Combo.Input(
+                    "lighting", options=LIGHTS, default=NONE, tooltip="The light in the picture, added to the prompt."
+                ),
+                io.Combo.Input(
+                    "action", options=ACTIONS, default=NONE, tooltip="What the speaker does, added to the prompt."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             outputs=[
-                io.Conditioning.Output("CONDITIONING", display_name="positive"),
-                io.String.Output("STRING", display_name="prompt"),
+                io.Conditioning.Output("CONDITIONING", display_name="positive", tooltip="To the Chunked Sampler."),
+                io.String.Output("STRING", display_name="prompt", tooltip="The words as they were sent."),
             ],
         )
 

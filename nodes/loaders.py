@@ -35,6 +35,7 @@ class ModelLoader(io.ComfyNode):
             display_name="Live Avatar Model Loader",
             category=CATEGORY,
             description="Names the Wan2.2-S2V-14B checkpoint and the Live Avatar LoRA; they load when a video is made.",
+            search_aliases=["wan s2v", "load checkpoint", "lora", "talking head", "digital human"],
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -47,7 +48,15 @@ class ModelLoader(io.ComfyNode):
                     default=NO_LORA,
                     tooltip="liveavatar.safetensors. Without it the model was not trained for four steps.",
                 ),
-                io.Float.Input("strength", default=1.0, min=-2.0, max=2.0, step=0.05, advanced=True),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="How strongly the LoRA is merged. The Live Avatar LoRA is meant for 1.",
+                ),
                 ModelSocket.Input(
                     "base",
                     optional=True,
@@ -55,7 +64,13 @@ class ModelLoader(io.ComfyNode):
                     advanced=True,
                 ),
             ],
-            outputs=[ModelSocket.Output("LIVEAVATAR_MODEL", display_name="model")],
+            outputs=[
+                ModelSocket.Output(
+                    "LIVEAVATAR_MODEL",
+                    display_name="model",
+                    tooltip="To the Chunked Sampler, Memory Plan, Benchmark, or Convert and Save.",
+                )
+            ],
         )
 
     @classmethod
@@ -88,6 +103,7 @@ class RuntimeSettings(io.ComfyNode):
             display_name="Live Avatar Runtime",
             category=CATEGORY,
             description="Where and how the model runs. Without this node: ComfyUI's own device, automatic precision.",
+            search_aliases=["multi gpu", "devices", "fp8", "low vram", "offload", "attention", "cluster"],
             inputs=[
                 io.String.Input(
                     "devices",
@@ -153,7 +169,13 @@ class RuntimeSettings(io.ComfyNode):
                     "every device is a process of its own, on any of the cluster's machines.",
                 ),
             ],
-            outputs=[RuntimeSocket.Output("LIVEAVATAR_RUNTIME", display_name="runtime")],
+            outputs=[
+                RuntimeSocket.Output(
+                    "LIVEAVATAR_RUNTIME",
+                    display_name="runtime",
+                    tooltip="To the Chunked Sampler; Memory Plan and Benchmark take the same.",
+                )
+            ],
         )
 
     @classmethod

@@ -23,17 +23,22 @@ class MemoryPlan(io.ComfyNode):
             description="How much memory each device needs for a video, part by part, what of it is streamed from main "
             "memory, and what to change where even that does not fit. Loads nothing; devices that are not here can be "
             "planned for, too.",
+            search_aliases=["vram", "out of memory", "oom", "gpu"],
             inputs=[
-                ModelSocket.Input("model"),
+                ModelSocket.Input("model", tooltip="From a Model Loader. Its files are looked at, not loaded."),
                 size_input(),
                 steps_input(),
-                io.Image.Input("image", optional=True, tooltip="The picture the video will be made of."),
-                RuntimeSocket.Input("runtime", optional=True),
+                io.Image.Input(
+                    "image", optional=True, tooltip="The picture the video will be made of; its size then counts."
+                ),
+                RuntimeSocket.Input(
+                    "runtime", optional=True, tooltip="Devices and precision to plan for, from a Runtime node."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,
-            outputs=[io.String.Output("STRING", display_name="plan")],
+            outputs=[io.String.Output("STRING", display_name="plan", tooltip="The table as text.")],
         )
 
     @classmethod

@@ -28,19 +28,38 @@ class ChunkedSampler(io.ComfyNode):
             category=CATEGORY,
             description="A stream of video latents, block by block (12 frames each), as long as the speech. It starts "
             "when a decoder pulls it, and finished latents are kept for decoding again.",
+            search_aliases=["ksampler", "talking head", "digital human", "lip sync", "s2v", "live"],
             inputs=[
-                ModelSocket.Input("model"),
-                io.Conditioning.Input("positive"),
+                ModelSocket.Input("model", tooltip="From a Model Loader or the Demo Model."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt, from the Prompt Conditioner or CLIP Text Encode. There is no negative one.",
+                ),
                 io.Image.Input(
                     "image", tooltip="The speaker, best from the Live Avatar Image Loader. The video has its size."
                 ),
-                io.Vae.Input("vae", tooltip="Wan 2.1 VAE"),
-                SpeechSocket.Input("speech"),
+                io.Vae.Input("vae", tooltip="Wan 2.1 VAE; encodes the picture. Small decoders cannot."),
+                SpeechSocket.Input("speech", tooltip="From the Audio Encoder. The video is as long."),
                 io.Int.Input(
-                    "steps", default=4, min=1, max=MAX_STEPS, tooltip="Denoising steps. The model was distilled for 4."
+                    "steps",
+                    default=4,
+                    min=1,
+                    max=MAX_STEPS,
+                    tooltip="Denoising steps. The model was distilled for 4; each takes time and memory.",
                 ),
-                io.Int.Input("seed", default=420, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
-                RuntimeSocket.Input("runtime", optional=True),
+                io.Int.Input(
+                    "seed",
+                    default=420,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Start of the noise. Same seed and same settings: same video.",
+                ),
+                RuntimeSocket.Input(
+                    "runtime",
+                    optional=True,
+                    tooltip="Devices and precision, from a Runtime node. Without it: ComfyUI's own device.",
+                ),
                 io.Combo.Input(
                     "reference_switch",
                     options=list(REFERENCE_SWITCH),
@@ -61,9 +80,29 @@ class ChunkedSampler(io.ComfyNode):
                     advanced=True,
                     tooltip="The original shows each frame 3 frames before its sound; in sync corrects that.",
                 ),
-                io.Combo.Input("noise", options=list(NOISE), advanced=True),
-                io.Combo.Input("reference_latent", options=list(REFERENCE_LATENT), advanced=True),
-                io.Float.Input("shift", default=3.0, min=0.1, max=20.0, step=0.1, advanced=True),
+                io.Combo.Input(
+                    "noise",
+                    options=list(NOISE),
+                    advanced=True,
+                    tooltip="per block: the same on every device. per clip: drawn for four blocks at once on the "
+                    "device, as in the original.",
+                ),
+                io.Combo.Input(
+                    "reference_latent",
+                    options=list(REFERENCE_LATENT),
+                    advanced=True,
+                    tooltip="How the picture is encoded: as the first frame, or as one in the middle, which the "
+                    "original does on one GPU.",
+                ),
+                io.Float.Input(
+                    "shift",
+                    default=3.0,
+                    min=0.1,
+                    max=20.0,
+                    step=0.1,
+                    advanced=True,
+                    tooltip="Of the noise schedule: higher spends more of the steps on layout, lower on detail.",
+                ),
                 io.Boolean.Input(
                     "skip_last_step",
                     default=False,
@@ -73,7 +112,11 @@ class ChunkedSampler(io.ComfyNode):
                     "other pictures. Not the same as one step less.",
                 ),
             ],
-            outputs=[StreamSocket.Output("LIVEAVATAR_STREAM", display_name="stream")],
+            outputs=[
+                StreamSocket.Output(
+                    "LIVEAVATAR_STREAM", display_name="stream", tooltip="To Online VAE Decode, which pulls it."
+                )
+            ],
         )
 
     @classmethod

@@ -19,16 +19,17 @@ class TimeLine(io.ComfyNode):
             category=CATEGORY,
             description="Draws which stage worked on which block when, and what it would look like if nothing were "
             "ever late. Connect the video, so that it is drawn after the run.",
+            search_aliases=["profile", "gantt", "pipeline", "monitor"],
             inputs=[
-                StreamSocket.Input("stream"),
-                io.AnyType.Input("after", optional=True, tooltip="Anything; drawing waits for it."),
+                StreamSocket.Input("stream", tooltip="From the Chunked Sampler, the same as the decoder's."),
+                io.AnyType.Input("after", optional=True, tooltip="The decoded video: drawing waits until it is there."),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,
             outputs=[
-                io.Image.Output("IMAGE", display_name="picture"),
-                io.String.Output("STRING", display_name="figures"),
+                io.Image.Output("IMAGE", display_name="picture", tooltip="Stages down, time across."),
+                io.String.Output("STRING", display_name="figures", tooltip="Blocks, frames a second, times per stage."),
             ],
         )
 

@@ -14,8 +14,11 @@ class Unload(io.ComfyNode):
             display_name="Live Avatar Unload",
             category=CATEGORY,
             description="Frees the memory that Live Avatar holds on all devices. Connect the video to wait for it.",
-            inputs=[io.AnyType.Input("after", optional=True, tooltip="Anything; unloading waits for it.")],
-            outputs=[io.AnyType.Output("ANY", display_name="after")],
+            search_aliases=["free memory", "clear vram", "release"],
+            inputs=[
+                io.AnyType.Input("after", optional=True, tooltip="The video, say: unloading waits until it is there.")
+            ],
+            outputs=[io.AnyType.Output("ANY", display_name="after", tooltip="What was connected, passed on.")],
             is_output_node=True,
             not_idempotent=True,
         )
