@@ -36,7 +36,7 @@ GEOMETRY = Geometry(64, 80)
 BLOCKS = 14
 
 
-def part_of(layers: range) -> CausalDiT:
+def part_of(layers: range, device: str) -> CausalDiT:
     generator = torch.Generator().manual_seed(3)
     whole = CausalDiT(CONFIG)
     state = {name: 0.1 * torch.randn(like.shape, generator=generator) for name, like in whole.state_dict().items()}
@@ -44,7 +44,7 @@ def part_of(layers: range) -> CausalDiT:
     part.load_state_dict({name: state[name] for name in part.state_dict()})
     for name, parameter in part.named_parameters():
         keeps32 = name.startswith(("time_", "head.", "casual_audio_encoder.")) or name.endswith("modulation")
-        parameter.data = parameter.data.to("cuda", torch.float32 if keeps32 else torch.bfloat16)
+        parameter.data = parameter.data.to(device, torch.float32 if keeps32 else torch.bfloat16)
     return part.eval()
 
 
@@ -58,7 +58,7 @@ def run(plan: Plan, *, graphs: bool, reanchor: int | None, **formats: str) -> to
     sampling = SamplingConfig(seed=1, reanchor_block=reanchor)
     with torch.inference_mode():
         stages = [
-            Stage(spec, part_of(spec.layers), GEOMETRY, sampling, text, graphs=graphs, **formats)
+            Stage(spec, part_of(spec.layers, spec.device), GEOMETRY, sampling, text, graphs=graphs, **formats)
             for spec in plan.stages
         ]
         with ThreadedPipeline(plan, stages) as pipeline:
