@@ -63,6 +63,18 @@ def test_blocks_that_come_after_their_time_are_late():
     assert monitor.late == [] and [block for block, _ in monitor.blocks] == [0], "frames count, not latents"
 
 
+def test_a_rest_counts_neither_as_late_nor_as_slow():
+    monitor = Monitor(fps=25)
+    for block, when in enumerate((0.0, 0.3, 3.6, 4.0, 4.6)):
+        monitor.finished(block, 100 + when)
+        monitor.add(Span(0, "compute", block, 0, 100 + when - 0.1, 100 + when))
+    assert monitor.late == [2, 3, 4]
+    assert monitor.snapshot().fps == pytest.approx(48 / 4.6)
+    monitor.rested(100.3, 103.3)
+    assert monitor.late == []
+    assert monitor.snapshot().fps == pytest.approx(48 / 1.6)
+
+
 def test_the_decoder_works_on_a_block_once_it_has_it_and_is_done_with_others():
     monitor = Monitor()
     monitor.finished(0, time.perf_counter() - 2)

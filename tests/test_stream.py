@@ -1,5 +1,6 @@
-"""Streams from files to latents: laziness, replay, cut-short runs, residency, and what is refused."""
+"""Streams from files to latents: laziness, replay, cut-short and paused runs, residency, and what is refused."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from liveavatar_core.config import LoraSpec, ModelSpec, RuntimeSpec, SamplingCon
 from liveavatar_core.demo import DemoFiles, write_demo
 from liveavatar_core.encoders.audio_features import FeatureStream, load_speech_encoder
 from liveavatar_core.encoders.vae import StreamDecoder, read_vae
-from liveavatar_core.errors import InputError, PlanError, WeightsError
+from liveavatar_core.errors import Cancelled, InputError, PlanError, WeightsError
 from liveavatar_core.geometry import FRAMES_DROPPED, frames_for
+from liveavatar_core.pipeline.hold import Hold
 from liveavatar_core.pipeline.spool import Spool
 from liveavatar_core.pipeline.stream import frame_chunks
 from liveavatar_core.runtime.runtime import Runtime
@@ -51,8 +53,21 @@ def all_latents(stream: LatentStream) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def latents(request_, tmp_path_factory) -> torch.Tensor:
-    return all_latents(stream_of(request_, tmp_path_factory.mktemp("first")))
+def first(request_, tmp_path_factory) -> LatentStream:
+    return stream_of(request_, tmp_path_factory.mktemp("first"))
+
+
+@pytest.fixture(scope="module")
+def latents(first) -> torch.Tensor:
+    return all_latents(first)
+
+
+@pytest.fixture
+def fresh(request_, first, latents, tmp_path) -> LatentStream:
+    """Not run yet; its picture is encoded."""
+    stream = stream_of(request_, tmp_path)
+    stream.share_portrait(first)
+    return stream
 
 
 def test_nothing_loads_before_the_first_pull(request_, tmp_path):
@@ -111,6 +126,62 @@ def test_a_stream_cut_short_starts_over_and_ends_equal(request_, latents, tmp_pa
     assert not stream.spool.complete
     assert torch.equal(all_latents(stream), latents)
     assert stream.spool.complete
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_pause_changes_nothing_but_the_time(fresh, latents, devices):
+    """Another thread pulls, and waits as long as the pause lasts."""
+    fresh.request = replace(fresh.request, runtime=RuntimeSpec(("cpu",) * devices))
+    hold = Hold()
+    pulled = fresh.latents(hold=hold)
+    made = [next(pulled)[1]]
+    for pause in (1, 2):
+        hold.pause()
+        rest = threading.Thread(target=lambda: made.append(next(pulled)[1]))
+        rest.start()
+        rest.join(0.3)
+        assert len(made) == pause, "nothing comes during a pause"
+        hold.resume()
+        rest.join(60)
+    made += [latent for _, latent in pulled]
+    assert torch.equal(torch.stack(made), latents)
+    assert [end - begin > 0.2 for begin, end in fresh.monitor.rests] == [True, True]
+
+
+def test_a_stop_keeps_what_was_made(fresh, latents):
+    hold, made = Hold(), []
+    for block, latent in fresh.latents(hold=hold):
+        made.append(latent)
+        if block == 2:
+            hold.pause()
+            threading.Timer(0.1, hold.stop).start()
+    assert torch.equal(torch.stack(made), latents[:3])
+    hold.pause()
+    assert not hold.paused, "what is over cannot be paused"
+    assert torch.equal(all_latents(fresh), latents), "the next run is whole"
+
+
+def test_a_cancel_ends_a_pause(fresh):
+    hold, cancel = Hold(), threading.Event()
+    pulled = fresh.latents(cancel.is_set, hold=hold)
+    next(pulled)
+    hold.pause()
+    threading.Timer(0.1, cancel.set).start()
+    with pytest.raises(Cancelled):
+        next(pulled)
+
+
+def test_a_replay_can_be_paused_and_stopped_but_not_after_its_end(first, latents):
+    hold = Hold()
+    for block, _ in first.latents(hold=hold):
+        hold.pause()
+        threading.Timer(0.05, hold.resume if block == 0 else hold.stop).start()
+    assert block == 1 and len(first.monitor.rests) == 2
+    hold = Hold()
+    for block, _ in first.latents(hold=hold):
+        if block == 5:
+            hold.pause()
+    assert hold.paused and not first.monitor.rests
 
 
 def test_a_full_disk_costs_the_replay_only(request_, latents, tmp_path):

@@ -72,7 +72,7 @@ class Monitor:
         self._spans: deque[Span] = deque(maxlen=KEPT)
         self._finished: deque[tuple[int, float]] = deque(maxlen=KEPT)
         self._shown: deque[tuple[int, float]] = deque(maxlen=KEPT)
-        self._rests: list[tuple[float, float]] = []
+        self.rests: list[tuple[float, float]] = []  # (begin, end) of times when nobody wanted blocks
         self._gauges: Callable[[], Gauges] = Gauges
 
     def watch(self, gauges: Callable[[], Gauges]) -> None:
@@ -97,9 +97,8 @@ class Monitor:
             self._shown.append((block, now))
 
     def rested(self, begin: float, end: float) -> None:
-        """Nobody wanted blocks meanwhile: the time is left out of rates and of when blocks are due."""
-        with self._lock:
-            self._rests.append((begin, end))
+        """Nobody wanted blocks meanwhile: rates and the times when blocks are due leave it out."""
+        self.rests.append((begin, end))
 
     def drain(self) -> list[Span]:
         """The spans since the last call, which are forgotten here."""
@@ -134,7 +133,7 @@ class Monitor:
 
     def _rest(self, begin: float, end: float) -> float:
         """Seconds of rests in between."""
-        return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self._rests)
+        return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self.rests)
 
     def snapshot(self) -> Snapshot:
         """Of the last seconds; of those before the end once nothing runs any more."""

@@ -1,6 +1,7 @@
 """A talking video that has not been made yet: everything it depends on, and the latents when somebody pulls them."""
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,9 +14,11 @@ from liveavatar_core.encoders.portrait import portrait_latents
 from liveavatar_core.encoders.vae import WanVAE
 from liveavatar_core.errors import InputError
 from liveavatar_core.geometry import Geometry, blocks_for
+from liveavatar_core.pipeline.hold import Hold
 from liveavatar_core.pipeline.monitor import Monitor
 from liveavatar_core.pipeline.plan import Plan
 from liveavatar_core.pipeline.spool import Spool
+from liveavatar_core.pipeline.stream import held
 from liveavatar_core.runtime.runtime import Progress, Runtime, inspect_model
 from liveavatar_core.types import BlockRequest, Conditioning
 
@@ -72,28 +75,33 @@ class LatentStream:
             self.portrait = other.portrait
 
     def latents(
-        self, should_stop: Callable[[], bool] = lambda: False, progress: Progress | None = None
+        self,
+        should_stop: Callable[[], bool] = lambda: False,
+        progress: Progress | None = None,
+        hold: Hold | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
-        """(block, latent (16, 3, h, w)) in order. A stream that was cut short starts over; the seed makes it equal."""
-        if self.spool.complete:
-            self.monitor, self.plan = Monitor(), None
-            yield from self.spool.read()
-            return
+        """(block, latent (16, 3, h, w)) in order. A stream that was cut short starts over; the seed makes it equal.
+
+        `should_stop` ends it with Cancelled, at once; `hold` pauses and ends it between two blocks.
+        """
+        self.monitor, self.plan = Monitor(), None
+        source = self.spool.read() if self.spool.complete else self._make(should_stop, progress)
+        with closing(source):
+            yield from held(source, hold or Hold(), self.monitor, self.blocks, should_stop)
+
+    def _make(self, should_stop: Callable[[], bool], progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
         request = self.request
-        plan = self._runtime.ensure(
+        self.plan = plan = self._runtime.ensure(
             request.model, self.config, request.runtime, request.sampling.evaluations, progress, geometry=self.geometry
         )
-        self.monitor, self.plan = Monitor(), plan
         conditioning = Conditioning(request.text, *self.portrait)
         latents = self._runtime.latents(
             plan, self.geometry, request.sampling, conditioning, self._block, self.blocks, should_stop, self.monitor
         )
-        try:
+        with closing(latents):
             for block, latent in latents:
                 self.spool.write(block, latent)
                 yield block, latent
-        finally:
-            latents.close()
 
     def _block(self, block: int) -> BlockRequest:
         features = self.request.features.block(block)
