@@ -34,7 +34,8 @@ def test_nodes_are_found_by_id_and_by_class_with_and_without_prefix() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "value"), [("seed", "12", 12), ("strength", "0.5", 0.5), ("exact", "False", False)]
+    ("name", "text", "value"),
+    [("seed", "12", 12), ("seed", "1.5", 1.5), ("strength", "0.5", 0.5), ("exact", "False", False)],
 )
 def test_a_typed_value_takes_the_type_of_the_one_before(name: str, text: str, value: object) -> None:
     got = typed(WORKFLOW, "8", name, text)
@@ -44,7 +45,7 @@ def test_a_typed_value_takes_the_type_of_the_one_before(name: str, text: str, va
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("seed", "1.5", r"Sampler\.seed is '1\.5'; it must be a whole number"),
+        ("seed", "one", r"Sampler\.seed is 'one'; it must be a number"),
         ("exact", "maybe", r"Sampler\.exact is 'maybe'; it must be true or false"),
         ("image", "b.png", r"Sampler\.image comes from another node"),
         ("sead", "1", r"no input Sampler\.sead; the node has seed, strength, exact, image"),

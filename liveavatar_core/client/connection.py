@@ -60,7 +60,7 @@ class Client:
         A file of the same name with other content stays; the new one is then called otherwise.
         """
         with path.open("rb") as file:
-            form = aiohttp.FormData()
+            form = aiohttp.FormData(quote_fields=False)  # ComfyUI takes names as they are, %20 too
             form.add_field("image", file, filename=path.name)
             answer = await self._post("/upload/image", data=form)
         return answer["name"]

@@ -58,9 +58,11 @@ def typed(workflow: Workflow, node_id: str, name: str, text: str) -> object:
     try:
         if isinstance(known, bool):
             return {"true": True, "false": False}[text.lower()]
-        return type(known)(text)
+        if isinstance(known, int | float):  # the page writes 2.0 as 2
+            return int(text) if text.lstrip("-").isdecimal() else float(text)
+        return text
     except (KeyError, ValueError):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(known)]
+        kind = "true or false" if isinstance(known, bool) else "a number"
         raise InputError(f"{address} is {text!r}; it must be {kind}") from None
 
 
