@@ -160,7 +160,7 @@ class Run:
             say(f"queued {self.id}")
         if kind == "status" and self.id and not self._started:
             waiting = data["status"]["exec_info"]["queue_remaining"]
-            if waiting != self._waiting:
+            if waiting and waiting != self._waiting:
                 say(f"queue {waiting}")
             self._waiting = waiting
         if kind == "execution_start":
