@@ -6,7 +6,7 @@ import pytest
 
 from liveavatar_core.pipeline.monitor import DECODER, Gauges, Monitor, Span
 from liveavatar_core.pipeline.plan import PREFILL, choose
-from liveavatar_core.pipeline.timeline import LABEL, MARGIN, ROW, SINK, STEPS, WIDTH, Timeline
+from liveavatar_core.pipeline.timeline import LABEL, MARGIN, ROW, SINK, STEPS, WIDTH, Timeline, steady
 
 PLAN = choose("ring", 2, 4, ["cpu"] * 2)
 
@@ -63,16 +63,26 @@ def test_blocks_that_come_after_their_time_are_late():
     assert monitor.late == [] and [block for block, _ in monitor.blocks] == [0], "frames count, not latents"
 
 
-def test_a_rest_counts_neither_as_late_nor_as_slow():
+@pytest.mark.parametrize("rested", [False, True])
+def test_a_rest_counts_neither_as_late_nor_as_slow(rested):
     monitor = Monitor(fps=25)
     for block, when in enumerate((0.0, 0.3, 3.6, 4.0, 4.6)):
+        if block == 2 and rested:
+            monitor.rested(100.3, 103.3)
         monitor.finished(block, 100 + when)
         monitor.add(Span(0, "compute", block, 0, 100 + when - 0.1, 100 + when))
-    assert monitor.late == [2, 3, 4]
-    assert monitor.snapshot().fps == pytest.approx(48 / 4.6)
-    monitor.rested(100.3, 103.3)
-    assert monitor.late == []
-    assert monitor.snapshot().fps == pytest.approx(48 / 1.6)
+    seen = monitor.snapshot()
+    assert monitor.late == ([] if rested else [2, 3, 4]) and seen.late == len(monitor.late)
+    assert seen.fps == pytest.approx(48 / (1.6 if rested else 4.6))
+
+
+def test_new_spans_are_told_once():
+    monitor = busy_ring(0.0, 2)
+    count, spans = monitor.since(0)
+    assert count == len(spans) == 18 and spans == monitor.spans
+    monitor.decoded(2)
+    assert monitor.since(count) == (19, monitor.spans[-1:])
+    assert monitor.since(19) == (19, [])
 
 
 def test_the_decoder_works_on_a_block_once_it_has_it_and_is_done_with_others():
@@ -81,8 +91,13 @@ def test_the_decoder_works_on_a_block_once_it_has_it_and_is_done_with_others():
     monitor.decoded(0)
     monitor.finished(1, time.perf_counter() - 1)
     monitor.decoded(1)
-    first, second = monitor.spans
+    monitor.finished(2, time.perf_counter())
+    rest = time.perf_counter() + 1
+    monitor.rested(rest - 1, rest)
+    monitor.decoded(2)
+    first, second, third = monitor.spans
     assert first.seconds == pytest.approx(2, abs=0.5) and second.begin == first.end
+    assert third.begin == third.end, "not before the rest was over"
 
 
 @pytest.fixture
@@ -90,6 +105,21 @@ def timeline() -> Timeline:
     monitor = busy_ring(50.0, 6)
     monitor.add(Span(0, "compute", PREFILL, PREFILL, 49.8, 50.0))
     return Timeline.of(monitor, PLAN, "a run", depth=3, reanchor=None)
+
+
+@pytest.mark.parametrize(("plan", "period"), [("single", 1), ("tpp", 1), ("ring", 2)])
+def test_the_ideal_of_a_steady_stream(plan, period):
+    """Every stage is busy all the time, or the decoder is."""
+    plan = choose(plan, 2, 4, ["cpu"] * 2)
+    spans = [Span(stage.index, "compute", 0, 0, 0.0, 0.1) for stage in plan.stages]
+    spans.append(Span(DECODER, "compute", 0, 0, 0.2, 0.25))
+    ideal, seconds = steady(plan, spans)
+    blocks = {span.block for span in ideal if span.stage == len(plan.stages)}
+    assert len(blocks) == period
+    assert seconds == pytest.approx(period * 0.1 * len(plan.route()) / len(plan.stages))
+    for stage in plan.stages:
+        assert sum(span.seconds for span in ideal if span.stage == stage.index) == pytest.approx(seconds)
+        assert all(0 <= span.begin < seconds for span in ideal)
 
 
 def test_a_time_line_and_its_ideal(timeline, tmp_path):

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, takewhile
 
 from liveavatar_core.geometry import DEFAULT_FPS, FRAMES_DROPPED, FRAMES_PER_BLOCK
 
@@ -67,11 +68,10 @@ class Snapshot:
 class Monitor:
     def __init__(self, fps: float = DEFAULT_FPS) -> None:
         """`fps`: of the video when it is played."""
-        self._fps = fps
         self._lock = threading.Lock()
         self._spans: deque[Span] = deque(maxlen=KEPT)
-        self._finished: deque[tuple[int, float]] = deque(maxlen=KEPT)
-        self._shown: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self._count = 0  # of spans so far, kept or not
+        self._finished, self._shown = _Arrivals(fps), _Arrivals(fps)
         self.rests: list[tuple[float, float]] = []  # (begin, end) of times when nobody wanted blocks
         self._gauges: Callable[[], Gauges] = Gauges
 
@@ -80,21 +80,26 @@ class Monitor:
 
     def add(self, span: Span) -> None:
         with self._lock:
-            self._spans.append(span)
+            self._append(span)
+
+    def _append(self, span: Span) -> None:
+        self._spans.append(span)
+        self._count += 1
 
     def finished(self, block: int, when: float) -> None:
         """A block's latents are there."""
         with self._lock:
-            self._finished.append((block, when))
+            self._finished.add(block, when, self._rest(when))
 
     def decoded(self, block: int) -> None:
-        """A block's frames are there now. The decoder began when it had the block and was done with the one before."""
+        """A block's frames are there now. The decoder began when it had the block, was done with the one before, and
+        nobody rested any more."""
         now = time.perf_counter()
         with self._lock:
-            free = self._shown[-1][1] if self._shown else 0.0
-            there = next((when for other, when in reversed(self._finished) if other == block), now)
-            self._spans.append(Span(DECODER, "compute", block, 0, min(now, max(free, there)), now))
-            self._shown.append((block, now))
+            free = max(end for _, end in [*list(self._shown.kept)[-1:], *self.rests[-1:], (0, 0.0)])
+            there = next((when for other, when in reversed(self._finished.kept) if other == block), now)
+            self._append(Span(DECODER, "compute", block, 0, min(now, max(free, there)), now))
+            self._shown.add(block, now, self._rest(now))
 
     def rested(self, begin: float, end: float) -> None:
         """Nobody wanted blocks meanwhile: rates and the times when blocks are due leave it out."""
@@ -107,65 +112,93 @@ class Monitor:
             self._spans.clear()
         return spans
 
+    def since(self, count: int) -> tuple[int, list[Span]]:
+        """How many spans there have been, and what is kept of those after the first `count`."""
+        with self._lock:
+            new = islice(reversed(self._spans), max(0, self._count - count))
+            return self._count, list(new)[::-1]
+
     @property
     def spans(self) -> list[Span]:
         with self._lock:
             return list(self._spans)
 
     @property
+    def _arrivals(self) -> "_Arrivals":
+        """Of frames, or of latents if nobody decodes."""
+        return self._shown if self._shown.count else self._finished
+
+    @property
     def blocks(self) -> list[tuple[int, float]]:
         """(block, when its frames were there, or its latents if nobody decodes)"""
         with self._lock:
-            return list(self._shown or self._finished)
+            return list(self._arrivals.kept)
 
     @property
     def late(self) -> list[int]:
         """Blocks that came after their time, if the first was played as soon as it was there."""
-        blocks = self.blocks
-        if not blocks:
-            return []
-        first, begun = blocks[0]
-        return [
-            block
-            for block, when in blocks
-            if when - self._rest(begun, when) > begun + (_frame(block) - _frame(first)) / self._fps
-        ]
+        with self._lock:
+            return list(self._arrivals.late)
 
-    def _rest(self, begin: float, end: float) -> float:
+    def _rest(self, end: float, begin: float = 0.0) -> float:
         """Seconds of rests in between."""
         return sum(max(0.0, min(end, until) - max(begin, since)) for since, until in self.rests)
 
     def snapshot(self) -> Snapshot:
         """Of the last seconds; of those before the end once nothing runs any more."""
-        gauges, spans, blocks = self._gauges(), self.spans, self.blocks
-        now = time.perf_counter()
-        if self._gauges is Gauges and spans:
-            now = max(span.end for span in spans)
-        since = now - WINDOW
-        recent = [when for _, when in blocks if when > since]
+        gauges, now = self._gauges(), time.perf_counter()
+        with self._lock:
+            if self._gauges is Gauges and self._spans:
+                now = self._spans[-1].end
+            since = now - WINDOW
+            # In the order in which they were noted, which is that of their ends, but for moments.
+            spans = list(takewhile(lambda span: span.end > since, reversed(self._spans)))[::-1]
+            arrivals = self._arrivals
+            recent = [when for _, when in takewhile(lambda block: block[1] > since, reversed(arrivals.kept))][::-1]
+            blocks, late = arrivals.count, arrivals.late_count
         fps = None
         if len(recent) > 1:
             first, last = recent[0], recent[-1]
-            fps = FRAMES_PER_BLOCK * (len(recent) - 1) / (last - first - self._rest(first, last))
+            fps = FRAMES_PER_BLOCK * (len(recent) - 1) / (last - first - self._rest(last, first))
         begin = max(since, min((span.begin for span in spans), default=now))
-        count = max([len(gauges.waiting), *(span.stage + 1 for span in spans)])
-        recent_spans = [span for span in spans if span.end > begin]
+        rows = max([len(gauges.waiting), *(span.stage + 1 for span in spans)])
         return Snapshot(
-            blocks=len(blocks),
-            late=len(self.late),
+            blocks=blocks,
+            late=late,
             fps=fps,
             stages=tuple(
                 _state(
                     stage,
-                    [span for span in recent_spans if span.stage == stage],
+                    [span for span in spans if span.stage == stage],
                     begin,
                     now,
                     gauges.waiting[stage] if stage < len(gauges.waiting) else 0,
                 )
-                for stage in range(count)
+                for stage in range(rows)
             ),
             memory=gauges.memory,
         )
+
+
+class _Arrivals:
+    """Blocks as they come, and which of them came after their time."""
+
+    def __init__(self, fps: float) -> None:
+        self.kept: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self.late: deque[int] = deque(maxlen=KEPT)
+        self.count = self.late_count = 0
+        self._fps, self._begun = fps, 0.0
+
+    def add(self, block: int, when: float, rest: float) -> None:
+        """`rest`: seconds until then in which nobody wanted any."""
+        shown = _frame(block) / self._fps  # seconds after the first frame
+        if not self.count:
+            self._begun = when - rest - shown
+        self.kept.append((block, when))
+        self.count += 1
+        if when - rest > self._begun + shown:
+            self.late.append(block)
+            self.late_count += 1
 
 
 def _state(stage: int, spans: Sequence[Span], begin: float, now: float, waiting: int) -> StageState:

@@ -37,21 +37,9 @@ class Timeline:
     def of(cls, monitor: Monitor, plan: Plan, title: str, *, depth: int, reanchor: int | None) -> "Timeline":
         """Of a run, with the ideal one of hops and copies that take as long as these did. Arguments as for `ideal`."""
         count = len(plan.stages)
-        spans = tuple(replace(span, stage=count) if span.stage == DECODER else span for span in monitor.spans)
-
-        def median(stage: int, kind: str, *, sink: bool = False) -> float:
-            found = [s.seconds for s in spans if s.stage == stage and s.kind == kind and (s.step == PREFILL) == sink]
-            return statistics.median(found or [0.0])
-
-        perfect = ideal(
-            plan,
-            lambda stage, step: median(stage.index, "compute", sink=step == PREFILL),
-            1 + max((span.block for span in spans), default=0),
-            depth=depth,
-            copy=median(0, "copy"),
-            decode=median(count, "compute"),
-            reanchor=reanchor,
-        )
+        spans = _rows(monitor.spans, count)
+        blocks = 1 + max((span.block for span in spans), default=0)
+        perfect = _perfect(plan, spans, blocks, depth=depth, reanchor=reanchor)
         return cls(title, (*(f"stage {i}" for i in range(count)), "VAE"), spans, tuple(perfect))
 
     def write(self, path: Path) -> None:
@@ -111,6 +99,42 @@ class Timeline:
             when = begin + tick * (end - begin) / TICKS
             canvas.text((x(when) - 10, bottom), f"{when - _bounds(spans)[0]:.2f} s", fill=INK)
         return picture
+
+
+def steady(plan: Plan, spans: Sequence[Span]) -> tuple[list[Span], float]:
+    """The ideal of a stream that has neither beginning nor end, if hops take as long as in `spans`: what begins from
+    time 0 on, the decoder's in the last row, and after how long it all comes again.
+    """
+    count, period = len(plan.stages), len(plan.rows[0])  # a ring takes as many blocks round as it has stages
+    perfect = _perfect(plan, _rows(spans, count), 2 * period + plan.depth, depth=plan.depth, reanchor=None)
+    ends = [span.end for span in perfect if span.stage == count]
+    begin, end = ends[period - 1], ends[2 * period - 1]
+    again = [span for span in perfect if begin <= span.begin < end]
+    return [replace(span, begin=span.begin - begin, end=span.end - begin) for span in again], end - begin
+
+
+def _rows(spans: Sequence[Span], count: int) -> tuple[Span, ...]:
+    """With the decoder's in the row after `count` stages."""
+    return tuple(replace(span, stage=count) if span.stage == DECODER else span for span in spans)
+
+
+def _perfect(plan: Plan, spans: Sequence[Span], blocks: int, *, depth: int, reanchor: int | None) -> list[Span]:
+    """`ideal` of hops and copies that take as long as these did."""
+
+    def median(stage: int, kind: str, *, sink: bool = False) -> float:
+        found = [s.seconds for s in spans if s.stage == stage and s.kind == kind and (s.step == PREFILL) == sink]
+        return statistics.median(found or [0.0])
+
+    hops = [median(stage.index, "compute") for stage in plan.stages]
+    return ideal(
+        plan,
+        lambda stage, step: median(stage.index, "compute", sink=True) if step == PREFILL else hops[stage.index],
+        blocks,
+        depth=depth,
+        copy=median(0, "copy"),
+        decode=median(len(plan.stages), "compute"),
+        reanchor=reanchor,
+    )
 
 
 def _bounds(spans: Sequence[Span]) -> tuple[float, float]:

@@ -293,5 +293,6 @@ class ClusterPipeline:
                 raise StageError(stage, *self._at[stage], reason)
 
     def _gauges(self) -> Gauges:
-        memory = {f"stage {i}": nbytes for i, nbytes in enumerate(self._memory) if nbytes}
+        devices = [stage.device for stage in self.plan.stages]
+        memory = {device: nbytes for device, nbytes in zip(devices, self._memory, strict=True) if nbytes}
         return Gauges(tuple(self._waiting), memory)

@@ -95,6 +95,7 @@ class Runtime:
         self._formats: Formats = None, "exact", "full"  # of the next stream
         self._host: dict[StageSpec, tuple[Formats, HostMemory]] = {}  # of stages with an offload
         self._resident: tuple[ModelSpec, str] | None = None  # model and precision of what is loaded
+        self.memory: MemoryPlan | None = None  # of the last stream that was prepared, if its size was known
         self._fitted: dict[tuple[MemoryPlan, float | None], MemoryPlan] = {}  # the last plan, as asked and as made
         self._cluster: Cluster | None = None
         self._last: ThreadedPipeline | None = None  # of the last stream in this process
@@ -166,7 +167,7 @@ class Runtime:
         if self._resident != (model, precision) or self._cluster is not None:
             self.unload()
         if geometry is None:
-            plan = choose(spec.plan, steps, config.layers, spec.devices)
+            self.memory, plan = None, choose(spec.plan, steps, config.layers, spec.devices)
         else:
             choice = self.choice(model, config, spec, steps, geometry)
             log.info("plan %s", choice.why)
@@ -217,7 +218,7 @@ class Runtime:
         memory = fit(memory, free)
         log.info("memory plan\n%s", table(memory, free))
         check(memory, free)
-        plan = memory.plan
+        self.memory, plan = memory, memory.plan
         if not self._cluster.serves(spec.cluster, spec.devices, plan):
             self._cluster.close()
             self._cluster = Cluster(spec.cluster, spec.devices)
@@ -240,7 +241,7 @@ class Runtime:
             fitted = fit(memory, free)
         log.info("memory plan\n%s", table(fitted, free))
         check(fitted, free)
-        self._fitted = {(memory, vram): fitted}
+        self._fitted, self.memory = {(memory, vram): fitted}, fitted
         for device in fitted.devices:
             if fitted.on(device) < wanted[device]:
                 self._reserve(device, fitted.on(device) - held.get(device, 0))
