@@ -3,6 +3,7 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { Player } from "./player.mjs";
+import { learn, nameChoices } from "./words.mjs";
 
 const PLAYER_HEIGHT = 240;
 const players = new WeakMap(); // by node
@@ -67,6 +68,12 @@ async function joinStreams() {
   if (!answer.ok) return;
   for (const state of await answer.json()) if (!state.ended) showStream(state, true);
 }
+
+app.registerExtension({
+  name: "LiveAvatar.Language",
+  init: () => learn(app.extensionManager.setting.get("Comfy.Locale")),
+  nodeCreated: nameChoices,
+});
 
 app.registerExtension({
   name: "LiveAvatar.Decode",
