@@ -1,4 +1,4 @@
-"""Draws portrait.png and icon.png and speaks speech.wav: the demo's input, made by the project itself.
+"""Draws portrait.png, icon.png and banner.png and speaks speech.wav: the demo's input, made by the project itself.
 
     python assets/make_assets.py        (needs Pillow; and espeak-ng on the PATH for the speech)
 
@@ -8,14 +8,19 @@ given by their right half. Everything is drawn four times larger and scaled down
 
 import shutil
 import subprocess
+import wave
+from array import array
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 704, 384  # the shape the model is used at most
 AXIS = WIDTH / 2
 SCALE = 4
+BANNER = (1260, 540)
+BANNER_WORDS = [("Wan Live Avatar", 78, 96), ("A portrait, speech and a prompt become", 30, 214),
+                ("a talking video, shown while it is made", 30, 256)]  # fmt: skip
 SENTENCE = "Hello! I am a drawing, and a computer speaks for me. Nice to meet you."
 
 Point = tuple[float, float]
@@ -76,7 +81,7 @@ class Canvas:
         return self.picture.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
-def draw_portrait() -> Image.Image:
+def draw_portrait() -> Canvas:
     canvas = Canvas(Image.new("RGB", (WIDTH * SCALE, HEIGHT * SCALE), WALL))
     draw_room(canvas)
     draw_back_hair(canvas)
@@ -85,7 +90,7 @@ def draw_portrait() -> Image.Image:
     draw_eyes(canvas)
     draw_nose_and_mouth(canvas)
     draw_front_hair(canvas)
-    return canvas.finished()
+    return canvas
 
 
 def draw_room(canvas: Canvas) -> None:
@@ -156,6 +161,31 @@ def draw_front_hair(canvas: Canvas) -> None:
     canvas.shape(shine, HAIR_LIGHT, blur=2.5, opacity=0.8)
 
 
+def draw_banner(portrait: Canvas, speech: Path) -> Image.Image:
+    """21:9, for the registry: the portrait, the name, and the speech as bars of its loudness."""
+    width, height = BANNER
+    banner = Image.new("RGB", BANNER, SHIRT_DARK)
+    left, side = (AXIS - 192) * SCALE, HEIGHT * SCALE
+    face = portrait.picture.crop((round(left), 0, round(left) + side, side))
+    banner.paste(face.resize((height, height), Image.Resampling.LANCZOS))
+    draw, margin = ImageDraw.Draw(banner), height + 60
+    for text, size, y in BANNER_WORDS:
+        draw.text((margin, y), text, fill=WHITE, font=ImageFont.load_default(size))
+    for i, loud in enumerate(loudness(speech, bars := 48)):
+        x, half = margin + i * (width - margin - 60) / bars, 4 + 64 * loud
+        draw.rounded_rectangle((x, 440 - half, x + 6, 440 + half), 3, fill=WALL if i < bars / 2 else SHIRT)
+    return banner
+
+
+def loudness(path: Path, parts: int) -> list[float]:
+    """The peak of each part of a 16-bit sound, the loudest as 1."""
+    with wave.open(str(path)) as file:
+        samples = array("h", file.readframes(file.getnframes()))
+    size = len(samples) // parts
+    peaks = [max(abs(sample) for sample in samples[i * size : (i + 1) * size]) for i in range(parts)]
+    return [peak / max(peaks) for peak in peaks]
+
+
 def speak(path: Path) -> None:
     if shutil.which("espeak-ng") is None:
         print(f"espeak-ng is not installed; {path.name} is left as it is.")
@@ -164,8 +194,10 @@ def speak(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    portrait = draw_portrait()
+    canvas = draw_portrait()
+    portrait = canvas.finished()
     portrait.save(HERE / "portrait.png", optimize=True)
     face = portrait.crop((AXIS - 140, 24, AXIS + 140, 304))
     face.resize((256, 256), Image.Resampling.LANCZOS).save(HERE / "icon.png", optimize=True)
     speak(HERE / "speech.wav")
+    draw_banner(canvas, HERE / "speech.wav").save(HERE / "banner.png", optimize=True)
