@@ -21,19 +21,21 @@ from liveavatar_core.errors import OutputError
 
 log = logging.getLogger(__name__)
 
-# A fragment every 0.1 s reaches the file at once. (FFmpeg's fragment per packet gives sound wrong times.) The header
+# A fragment every 0.04 s reaches the file at once. (FFmpeg's fragment per packet gives sound wrong times.) The header
 # waits for the first packets, because only they tell how much of AAC's start-up must be skipped.
 GROWING = {
     "movflags": "empty_moov+delay_moov+default_base_moof",
-    "frag_duration": "100000",
+    "frag_duration": "40000",
     "flush_packets": "1",
 }
 FINISHED = {"movflags": "faststart"}
 # No look-ahead and no reordering, so that after a write no more than a few frames are still on their way to the file.
 PICTURE_OPTIONS = {"preset": "veryfast", "tune": "zerolatency", "crf": "17"}
 SOUND_BITS = 192_000
-SOUND_RATES = (8_000, 11_025, 12_000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000, 64_000, 88_200, 96_000)
-OTHER_RATE = 48_000  # of sound whose rate AAC does not have
+# AAC's rates at which its packets of 1024 samples are short. The last two of a write wait for the next: at 16 kHz they
+# would be a third of the first block, and a browser would not begin before the second.
+SOUND_RATES = (32_000, 44_100, 48_000, 64_000, 88_200, 96_000)
+OTHER_RATE = 48_000
 BT709, LIMITED = 1, 1  # as players assume for video without a tag; FFmpeg's numbers
 
 
