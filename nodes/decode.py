@@ -16,7 +16,7 @@ from torch import Tensor
 from liveavatar_core.errors import Cancelled, InputError
 from liveavatar_core.geometry import sample_at
 
-from . import host, live
+from . import host, live, runs
 from .types import CATEGORY, Avatar, StreamSocket
 
 GIB = 1024**3
@@ -51,6 +51,10 @@ class OnlineDecode(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, stream=None, vae=None, filename_prefix=None):
+        return runs.cut_short(cls.hidden.unique_id)
+
+    @classmethod
     def execute(cls, stream: Avatar, vae, filename_prefix) -> io.NodeOutput:
         from liveavatar_core.io.video import VideoWriter
 
@@ -60,9 +64,10 @@ class OnlineDecode(io.ComfyNode):
         )
         file = f"{name}_{counter:05}_.mp4"
         path = Path(folder) / file
-        speech, monitor = stream.speech, stream.stream.monitor
-        shown = live.open_stream(cls.hidden.unique_id, file, stream.frames / speech.fps, float(speech.fps))
+        speech, run = stream.speech, runs.Run(cls.hidden.unique_id, stream)
+        shown = live.open_stream(run, file, stream.frames / speech.fps, float(speech.fps))
         with (
+            run,
             shown,
             VideoWriter(
                 path,
@@ -74,9 +79,9 @@ class OnlineDecode(io.ComfyNode):
                 watch=shown.append,
             ) as writer,
         ):
-            for frames, samples in play(stream, vae, cls.hidden.unique_id):
+            for frames, samples in play(run, vae):
                 writer.write(frames, samples)
-                now = monitor.snapshot()
+                now = stream.stream.monitor.snapshot()
                 shown.tell(writer.frames / speech.fps, now.fps, now.late)
         saved = ui.SavedResult(file, subfolder, io.FolderType.output)
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), ui=ui.PreviewVideo([saved]))
@@ -102,6 +107,10 @@ class OnlineDecodeFrames(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, stream=None, vae=None):
+        return runs.cut_short(cls.hidden.unique_id)
+
+    @classmethod
     def execute(cls, stream: Avatar, vae) -> io.NodeOutput:
         geometry, speech = stream.stream.geometry, stream.speech
         shape = (stream.frames, geometry.height, geometry.width, 3)
@@ -113,31 +122,32 @@ class OnlineDecodeFrames(io.ComfyNode):
             )
         images = torch.empty(shape, dtype=torch.float32)
         done, sound = 0, []
-        for frames, samples in play(stream, vae, cls.hidden.unique_id):
-            images[done : done + len(frames)] = frames.float() / 255
-            done += len(frames)
-            sound.append(samples)
+        with runs.Run(cls.hidden.unique_id, stream) as run:
+            for frames, samples in play(run, vae):
+                images[done : done + len(frames)] = frames.float() / 255
+                done += len(frames)
+                sound.append(samples)
         audio = {"waveform": torch.cat(sound, dim=1).unsqueeze(0), "sample_rate": speech.sample_rate}
-        return io.NodeOutput(images, audio, float(speech.fps))
+        return io.NodeOutput(images[:done], audio, float(speech.fps))
 
 
-def play(avatar: Avatar, vae, node_id: str | None) -> Iterator[tuple[Tensor, Tensor]]:
+def play(run: runs.Run, vae) -> Iterator[tuple[Tensor, Tensor]]:
     """Frames (n, H, W, 3) uint8 on the CPU and the sound (channels, samples) that belongs to them, block by block.
 
     Reports progress with a picture per block, and turns the host's interrupt into the end of the stream.
     """
     from liveavatar_core.pipeline.stream import frame_chunks
 
+    avatar, node_id = run.avatar, run.node or None
     stream, speech = avatar.stream, avatar.speech
     decoder = host.stream_decoder(vae, stream.request.runtime.decoder)
     bar = comfy.utils.ProgressBar(stream.blocks, node_id=node_id)
-    loading = host.bytes_progress(lambda percent: host.say(node_id, f"loading the model: {percent} %"))
-    latents = stream.latents(host.should_stop, loading)
-    with host.settling(), closing(latents):
+    with host.settling(), closing(run.latents):
         try:
-            for chunk in frame_chunks(latents, decoder, stream.portrait[1], avatar.frames):
+            for chunk in frame_chunks(run.latents, decoder, stream.portrait[1], avatar.frames):
                 frames = chunk.frames.cpu()
                 stream.monitor.decoded(chunk.block)
+                run.block()
                 last = chunk.first_frame + len(frames)
                 span = slice(*(sample_at(frame, speech.fps, speech.sample_rate) for frame in (chunk.first_frame, last)))
                 yield frames, _exactly(speech.waveform[:, span], span.stop - span.start)

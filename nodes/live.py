@@ -4,19 +4,23 @@ A run appends and never waits: bytes go to a file of their own in the host's tem
 that file at its own pace. Runs append from the host's worker thread; everything else happens in its event loop.
 
     GET /liveavatar/streams           what is being made, and what was made last
-    GET /liveavatar/stream/<id>.mp4   fragmented mp4 from its beginning, as far as it is and then as it comes
+    GET /liveavatar/stream/<id>.mp4   fragmented mp4 from its beginning, as far as it is and then as it comes;
+                                      with ?so_far only as far as it is
 """
 
 import asyncio
 import logging
-import secrets
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import folder_paths
 from aiohttp import web
 from server import PromptServer
+
+if TYPE_CHECKING:
+    from .runs import Run
 
 log = logging.getLogger(__name__)
 
@@ -34,25 +38,31 @@ class State:
 
     id: str
     node: str
+    file: str  # name of the finished video
     total: float
     fps: float  # at which it plays
     ready: float = 0.0
     made_fps: float | None = None  # at which it is made; None while that cannot be told
     late: int = 0  # blocks that came after their time
+    paused: bool = False
     ended: bool = False
 
 
 class LiveStream:
     """The growing video of one run. Use as a context manager: leaving it ends the stream, after an error too."""
 
-    def __init__(self, node: str, total: float, fps: float) -> None:
-        self.state = State(secrets.token_urlsafe(16), node, total, fps)
+    def __init__(self, run: "Run", file: str, total: float, fps: float) -> None:
+        self._hold = run.hold
+        self._state = State(run.id, run.node, file, total, fps)
         folder = Path(folder_paths.get_temp_directory()) / "liveavatar"
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / f"{self.state.id}.live"
-        self.size = 0
         self.changed = asyncio.Event()  # another one after each change
         self._file = self.path.open("wb")
+
+    @property
+    def state(self) -> State:
+        return replace(self._state, paused=self._hold.paused and not self._state.ended)
 
     def append(self, data: bytes) -> None:
         """The next bytes of the video. A full disk ends the watching, not the run."""
@@ -65,23 +75,22 @@ class LiveStream:
             log.warning("Live Avatar: the video cannot be watched any further while it is made (%s)", error)
             self.close()
             return
-        self.size += len(data)
         self._notify()
 
     def tell(self, ready: float, made_fps: float | None, late: int) -> None:
         """A block is written; pages hear of it."""
-        self.state = replace(self.state, ready=ready, made_fps=made_fps, late=late)
-        self._say()
+        self._state = replace(self._state, ready=ready, made_fps=made_fps, late=late)
+        self.say()
 
     def close(self) -> None:
-        if not self.state.ended:
+        if not self._state.ended:
             try:
                 self._file.close()
             except OSError:
                 pass  # what could not be written is lost to viewers only
-            self.state = replace(self.state, ended=True)
+            self._state = replace(self._state, ended=True)
             self._notify()
-            self._say()
+            self.say()
 
     def discard(self) -> None:
         """Remove the bytes. A viewer in the middle of them keeps them, or where the system forbids that the file stays
@@ -99,7 +108,7 @@ class LiveStream:
         before, self.changed = self.changed, asyncio.Event()
         before.set()
 
-    def _say(self) -> None:
+    def say(self) -> None:
         PromptServer.instance.send_sync(EVENT, asdict(self.state))
 
     def __enter__(self) -> "LiveStream":
@@ -113,13 +122,20 @@ _streams: "OrderedDict[str, LiveStream]" = OrderedDict()
 _viewers = 0
 
 
-def open_stream(node: str | None, total: float, fps: float) -> LiveStream:
+def open_stream(run: "Run", file: str, total: float, fps: float) -> LiveStream:
     """A new stream that can be watched from now on; the oldest one makes room for it."""
-    stream = LiveStream(node or "", total, fps)
-    _streams[stream.state.id] = stream
+    stream = LiveStream(run, file, total, fps)
+    _streams[run.id] = stream
     while len(_streams) > MAX_STREAMS:
         _streams.popitem(last=False)[1].discard()
     return stream
+
+
+def say(name: str) -> None:
+    """Something about the stream, if it can be watched, has changed; pages hear of it."""
+    stream = _streams.get(name)
+    if stream is not None:
+        stream.say()
 
 
 def add_routes(routes: web.RouteTableDef) -> None:
@@ -146,7 +162,7 @@ async def _watch(request: web.Request) -> web.StreamResponse:
     _viewers += 1
     try:
         await response.prepare(request)
-        await _send(stream, response)
+        await _send(stream, response, waiting="so_far" not in request.query)
     except (ConnectionError, asyncio.TimeoutError):  # noqa: UP041 - not the same before Python 3.11
         pass  # the viewer is gone
     finally:
@@ -154,15 +170,15 @@ async def _watch(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _send(stream: LiveStream, response: web.StreamResponse) -> None:
-    """All there is and all that comes, as fast as the viewer takes it."""
+async def _send(stream: LiveStream, response: web.StreamResponse, waiting: bool) -> None:
+    """All there is and, if waiting, all that comes, as fast as the viewer takes it."""
     with stream.path.open("rb") as file:
         while True:
             changed, ended = stream.changed, stream.state.ended  # before reading, so that nothing is missed
             data = await asyncio.to_thread(file.read, CHUNK)
             if data:
                 await asyncio.wait_for(response.write(data), SECONDS_WITHOUT_READING)
-            elif ended:
+            elif ended or not waiting:
                 await response.write_eof()
                 return
             else:

@@ -86,8 +86,13 @@ class LatentStream:
         """
         self.monitor, self.plan = Monitor(), None
         source = self.spool.read() if self.spool.complete else self._make(should_stop, progress)
+        return self._held(source, hold or Hold(), should_stop)
+
+    def _held(
+        self, source: Iterator[tuple[int, Tensor]], hold: Hold, should_stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, Tensor]]:
         with closing(source):
-            yield from held(source, hold or Hold(), self.monitor, self.blocks, should_stop)
+            yield from held(source, hold, self.monitor, self.blocks, should_stop)
 
     def _make(self, should_stop: Callable[[], bool], progress: Progress | None) -> Iterator[tuple[int, Tensor]]:
         request = self.request
