@@ -113,7 +113,7 @@ def test_cache_shows_the_sink_and_the_last_four_blocks(attention, kv_cache):
         q, k, v = (draw(100 + 3 * block + i, 1, GEOMETRY.tokens_per_block, HEADS, HEAD) for i in range(3))
         cache.roll(reference)
         cache.advance(block)
-        k_seen, v_seen = cache.update(block, k, norm, v, factors)
+        k_seen, v_seen = cache.update(block, k, norm, lambda out, v=v: v if out is None else out.copy_(v), factors)
         past.append((rotate(k, factors, norm_D=norm), v))
         window = past[-WINDOW_BLOCKS:]
         k_all = torch.cat(
@@ -136,7 +136,7 @@ def test_cache_lives_in_the_memory_it_is_given(attention, kv_cache):
     def see(cache: BlockCache) -> list[Tensor]:
         norm, factors = torch.ones(WIDTH), block_factors(0, GEOMETRY, HEAD, True)
         k, v = (draw(seed, 1, GEOMETRY.tokens_per_block, HEADS, HEAD) for seed in (1, 2))
-        k_seen, v_seen = cache.update(0, k, norm, v, factors)
+        k_seen, v_seen = cache.update(0, k, norm, lambda out: v if out is None else out.copy_(v), factors)
         return [k_seen.values, k_seen.scale, v_seen] if isinstance(k_seen, Heads) else [k_seen, v_seen]
 
     motion, reference = motion_factors(GEOMETRY, HEAD, True, "cpu"), reference_factors(30, GEOMETRY, HEAD, True)

@@ -181,19 +181,20 @@ def test_one_layer(golden, agree, model):
                 cache.k_BSHK[:, cache.sink_tokens :] = given["cache_before.k"]
                 cache.v_BSHK[:, cache.sink_tokens :] = given["cache_before.v"]
 
-        def see(k, norm, v, cache=cache, after=after, factors=factors, block=None if prefill else block):
+        def see(k, norm, values, cache=cache, after=after, factors=factors, block=None if prefill else block):
             if cache is None:
-                k = rms_norm(k.flatten(2), norm).view_as(k)
+                k, v = rms_norm(k.flatten(2), norm).view_as(k), values(None)
                 after["cond_k"], after["cond_v"] = k, v
                 return rotate(k, factors), v
-            return cache.update(block, k, norm, v, factors)
+            return cache.update(block, k, norm, values, factors)
 
         seen, handles = recorded_layer(model, layer)
         time = given["e0"][0, 0, :, 1 if prefill else 0]
         x = model.blocks[str(layer)](given["x_in"], time, factors, text, see)
         if not prefill:
             audio = AudioTokens(given["audio_emb"], given["audio_emb_global"])
-            x = model.audio_injector(x, config.audio_layers.index(layer), audio)
+            injection = config.audio_layers.index(layer)
+            x = model.audio_injector(x, injection, model.audio_injector.hear(injection, audio))
             start = cache.sink_tokens + block % WINDOW_BLOCKS * cache.block_tokens
             slot = slice(start, start + cache.block_tokens)
             after["slot.k"], after["slot.v"] = cache.k_BSHK[:, slot], cache.v_BSHK[:, slot]
@@ -216,6 +217,7 @@ def test_epsilons(golden, agree, model):
     block = model.blocks[str(manifest["layer"])]
     injection = str(model.config.audio_layers.index(manifest["layer"]))
     injector = model.audio_injector.injector[injection]
+    adain = model.audio_injector.injector_adain_layers[injection]
     norm3 = torch.nn.functional.layer_norm(x, x.shape[-1:], block.norm3.weight, block.norm3.bias, EPS)
     quarter, half = x.shape[-1] // 4, x.shape[-1] // 2
     got = {
@@ -232,7 +234,7 @@ def test_epsilons(golden, agree, model):
         "audio_encoder.norm3": layer_norm(x),
         "audio_encoder.norm1": layer_norm(x[..., :quarter]),
         "audio_encoder.norm2": layer_norm(x[..., :half]),
-        "inject.adain": model.audio_injector.injector_adain_layers[injection](x, tensors["eps.temb"].unsqueeze(0)),
+        "inject.adain": adain(x, adain.modulation(tensors["eps.temb"].unsqueeze(0))),
     }
     for name, value in got.items():
         agree("dit_block", "eps.*", value, tensors[f"eps.{name}"], FORWARD)

@@ -97,6 +97,15 @@ class CausalAudioEncoder(nn.Module):
         return AudioTokens(local[:, kept].to(dtype), pooled[:, kept].to(dtype))
 
 
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What one injection makes of a block's audio: the same at every step."""
+
+    k: Tensor  # (A, F, audio_tokens + 1, H, K)
+    v: Tensor
+    modulation: Tensor  # (A, F, 1, 2 * D) float32: shift, scale
+
+
 class AdaptiveNorm(nn.Module):
     """LayerNorm whose shift and scale come from the pooled audio token."""
 
@@ -104,9 +113,13 @@ class AdaptiveNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x_FTD: Tensor, pooled_F1D: Tensor, *, rows: bool = False) -> Activation:
-        shift, scale = self.linear(F.silu(pooled_F1D)).float().chunk(2, dim=-1)
-        return norm(x_FTD, 1 + scale, shift, eps=ADAIN_EPS, rows=rows)
+    def modulation(self, pooled_F1D: Tensor) -> Tensor:
+        """Shift and scale of every frame, (F, 1, 2 * D) float32."""
+        return self.linear(F.silu(pooled_F1D)).float()
+
+    def forward(self, x_FTD: Tensor, modulation: Tensor, *, rows: bool = False) -> Activation:
+        shift, scale = modulation.chunk(2, dim=-1)
+        return norm(x_FTD, scale, shift, eps=ADAIN_EPS, around_one=True, rows=rows)
 
 
 class AudioInjector(nn.Module):
@@ -118,15 +131,21 @@ class AudioInjector(nn.Module):
         self.injector = nn.ModuleDict({str(i): CrossAttention(dim, heads) for i in injections})
         self.injector_adain_layers = nn.ModuleDict({str(i): AdaptiveNorm(dim) for i in injections})
 
-    def forward(self, x_BTD: Tensor, injection: int, audio: AudioTokens) -> Tensor:
-        attention = self.injector[str(injection)]
-        speakers, frames = audio.local.shape[:2]
+    def hear(self, injection: int, audio: AudioTokens) -> Heard:
+        speakers_frames = audio.local.shape[:2]
+        k, v = self.injector[str(injection)].key_value(audio.local.flatten(0, 1))
+        modulation = self.injector_adain_layers[str(injection)].modulation(audio.pooled)
+        return Heard(k.unflatten(0, speakers_frames), v.unflatten(0, speakers_frames), modulation)
+
+    def forward(self, x_BTD: Tensor, injection: int, heard: Heard, mask: Tensor | None = None) -> Tensor:
+        """`mask` as in AudioTokens."""
+        attention, adain = self.injector[str(injection)], self.injector_adain_layers[str(injection)]
+        k, v, modulation = (part.flatten(0, 1) for part in (heard.k, heard.v, heard.modulation))
+        speakers, frames = heard.k.shape[:2]
         x_FTD = x_BTD.unflatten(1, (frames, -1)).expand(speakers, -1, -1, -1).flatten(0, 1)
-        adain = self.injector_adain_layers[str(injection)]
-        h_FTD = adain(x_FTD, audio.pooled.flatten(0, 1), rows=takes_rows(attention.q))
-        residual = attention(h_FTD, attention.key_value(audio.local.flatten(0, 1)))
+        residual = attention(adain(x_FTD, modulation, rows=takes_rows(attention.q)), (k, v))
         residual = residual.unflatten(0, (speakers, frames)).flatten(1, 2)
-        if audio.mask is not None:
-            residual = residual * audio.mask.flatten(1, 3)
+        if mask is not None:
+            residual = residual * mask.flatten(1, 3)
         # one speaker's sum would be a copy
         return x_BTD + (residual if speakers == 1 else residual.sum(0, keepdim=True))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from liveavatar_core.geometry import WINDOW_BLOCKS, Geometry
+from liveavatar_core.model.layers import Values
 from liveavatar_core.model.pointwise import FP8, Heads, dequantise_heads, quantise_heads, rotate
 
 SCALE = torch.float32  # of a head in 8 bits
@@ -99,16 +100,21 @@ class BlockCache:
         self.next_block += 1
 
     def update(
-        self, block: int, k_BTHK: Tensor, norm_D: Tensor, v_BTHK: Tensor, factors: Tensor
+        self, block: int, k_BTHK: Tensor, norm_D: Tensor, values: Values, factors: Tensor
     ) -> tuple[Tensor | Heads, Tensor]:
         """Store a block's keys, normed and rotated on the way, and values; return all that its queries may see.
 
-        Views, or copies where 8 bits were given back the model's dtype. Keys stored as int8 stay so.
+        Views, or copies where 8 bits were given back the model's dtype. Keys stored as int8 stay so. `values(out)`
+        computes the values, in the ring itself where they are stored as they are.
         """
         start = self.sink_tokens + block % WINDOW_BLOCKS * self.block_tokens
         slot = slice(start, start + self.block_tokens)
         _store(k_BTHK, self.k_BSHK[:, slot], factors, norm_D)
-        _store(v_BTHK, self.v_BSHK[:, slot])
+        v_BTHK = self.v_BSHK[:, slot]
+        if isinstance(v_BTHK, Heads):
+            _store(values(None), v_BTHK)
+        else:
+            values(v_BTHK)
         visible = self.sink_tokens + min(block + 1, WINDOW_BLOCKS) * self.block_tokens
         k_BSHK, v_BSHK = self.k_BSHK[:, :visible], self.v_BSHK[:, :visible]
         if isinstance(k_BSHK, Heads) and k_BSHK.values.dtype == FP8:

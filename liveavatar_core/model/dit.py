@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liveavatar_core.config import ModelConfig
-from liveavatar_core.model.audio import AudioInjector, AudioTokens, CausalAudioEncoder
+from liveavatar_core.model.audio import AudioInjector, CausalAudioEncoder, Heard
 from liveavatar_core.model.hosted import HostedLayers
 from liveavatar_core.model.layers import DiTLayer, Head, KeyValue, See
 from liveavatar_core.model.motion import FramePacker
@@ -121,13 +121,16 @@ class CausalDiT(nn.Module):
         factors: Tensor,
         text: Sequence[KeyValue],
         see: Callable[[int], See],
-        audio: AudioTokens | None,
+        hear: Callable[[int], Heard] | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """All owned layers. `see(layer)` gives the layer's memory; `audio` is None in the prefill."""
+        """All owned layers. `see(layer)` gives the layer's memory, `hear(injection)` what an audio injection needs of
+        the block's audio, asked for when the layer's weights are there; there is none in the prefill."""
         for context, (i, layer) in zip(text, self._visits(), strict=True):
             x_BTD = layer(x_BTD, modulation_6D, factors, context, see(i))
-            if audio is not None and i in self.config.audio_layers:
-                x_BTD = self.audio_injector(x_BTD, self.config.audio_layers.index(i), audio)
+            if hear is not None and i in self.config.audio_layers:
+                injection = self.config.audio_layers.index(i)
+                x_BTD = self.audio_injector(x_BTD, injection, hear(injection), mask)
         return x_BTD
 
     def _visits(self) -> Iterator[tuple[int, DiTLayer]]:

@@ -25,8 +25,8 @@ def _store_row(out, row_scale, x, row, column, inside, width, ROWS: tl.constexpr
 @triton.jit
 def _norm(
     x, y, gate, weight, bias, total, out, row_scale, width, group, weight_stride, bias_stride, eps,
-    ADD: tl.constexpr, GATE: tl.constexpr, ROUND_SUM: tl.constexpr, ROUND_NORM: tl.constexpr, ROWS: tl.constexpr,
-    ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, ROUND_SUM: tl.constexpr, ROUND_NORM: tl.constexpr,
+    AROUND_ONE: tl.constexpr, ROWS: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -45,6 +45,8 @@ def _norm(
     if ROUND_NORM:
         h = h.to(ROUNDED).to(tl.float32)
     w = tl.load(weight + row // group * weight_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if AROUND_ONE:
+        w = 1 + w
     b = tl.load(bias + row // group * bias_stride + column, mask=inside, other=0.0).to(tl.float32)
     h = (h * w + b).to(ROUNDED).to(tl.float32)
     _store_row(out, row_scale, h, row, column, inside, width, ROWS)
@@ -153,7 +155,7 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 def norm(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float, dtype: torch.dtype,
-    round_sum: bool, round_norm: bool, rows: bool,
+    round_sum: bool, round_norm: bool, around_one: bool, rows: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:  # fmt: skip
     """(x + y * gate in float32 if there is a y, the normed rows, their scales if `rows`)."""
     x, width = x.contiguous(), x.shape[-1]
@@ -168,8 +170,8 @@ def norm(
     launch(
         _norm, (count,), x, x, None if y is None else y.contiguous(), gate, weight, bias, total, out,
         row_scale, width, count // groups, stride, bias_stride, eps, warps=warps, ADD=y is not None,
-        GATE=gate is not None, ROUND_SUM=round_sum, ROUND_NORM=round_norm, ROWS=rows, ROUNDED=_TRITON[dtype],
-        BLOCK=block,
+        GATE=gate is not None, ROUND_SUM=round_sum, ROUND_NORM=round_norm, AROUND_ONE=around_one, ROWS=rows,
+        ROUNDED=_TRITON[dtype], BLOCK=block,
     )  # fmt: skip
     return total, out, row_scale
 

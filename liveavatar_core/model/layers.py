@@ -27,14 +27,28 @@ from liveavatar_core.model.pointwise import (
 )
 
 KeyValue = tuple[Tensor, Tensor]
-See = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | Heads, Tensor]]
-"""Takes this call's keys as projected, the weight of their RMS norm and the values; remembers them; returns all keys
-(normed and rotated, maybe in int8) and values to see."""
+Values = Callable[[Tensor | None], Tensor]
+"""Projects this call's values, (1, T, H, K), into the memory given or new memory."""
+
+See = Callable[[Tensor, Tensor, Values], tuple[Tensor | Heads, Tensor]]
+"""Takes this call's keys as projected, the weight of their RMS norm and what gives the values; remembers them; returns
+all keys (normed and rotated, maybe in int8) and values to see."""
 
 
 def takes_rows(linear: nn.Module) -> bool:
     """Whether a linear wants its input quantised row by row, which whatever comes before it does in passing."""
     return getattr(linear, "takes_rows", False)
+
+
+class Linear(nn.Linear):
+    """A linear that can write its result where it belongs."""
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """(..., in) -> (..., out); into `out`, contiguous, if given."""
+        if out is None:
+            return super().forward(x)
+        torch.addmm(self.bias, x.flatten(0, -2), self.weight.t(), out=out.view(-1, self.out_features))
+        return out
 
 
 class RMSNorm(nn.Module):
@@ -53,7 +67,7 @@ class Projections(nn.Module):
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
         self.heads = heads
 
@@ -63,8 +77,11 @@ class Projections(nn.Module):
 
 class SelfAttention(Projections):
     def forward(self, x_BTD: Activation, factors: Tensor, see: See) -> Tensor:
-        q, k, v = (self.split(linear(x_BTD)) for linear in (self.q, self.k, self.v))
-        k_BSHK, v_BSHK = see(k, self.norm_k.weight, v)
+        def values(out_BTHK: Tensor | None) -> Tensor:
+            return self.split(self.v(x_BTD, None if out_BTHK is None else out_BTHK.flatten(2)))
+
+        q, k = self.split(self.q(x_BTD)), self.split(self.k(x_BTD))
+        k_BSHK, v_BSHK = see(k, self.norm_k.weight, values)
         rotated = quantise_heads if isinstance(k_BSHK, Heads) else rotate
         q_BTHK = rotated(q, factors, norm_D=self.norm_q.weight)
         return self.o(attend(q_BTHK, k_BSHK, v_BSHK).flatten(2))
@@ -103,12 +120,14 @@ class DiTLayer(nn.Module):
         dtype = x_BTD.dtype
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0].float() + time_6D).unbind(0)
         rows = takes_rows(self.self_attn.q)  # as the layer's other linears do
-        h_BTD = norm(x_BTD, 1 + scale1, shift1, rounded=True, rows=rows)
+        h_BTD = norm(x_BTD, scale1, shift1, around_one=True, rounded=True, rows=rows)
         y_BTD = self.self_attn(h_BTD, factors, see)
         norm3 = self.norm3
         x_BTD, h_BTD = add_norm(x_BTD, y_BTD, gate1, norm3.weight, norm3.bias, dtype=dtype, rounded=True, rows=rows)
         y_BTD = self.cross_attn(h_BTD, text)
-        x_BTD, h_BTD = add_norm(x_BTD, y_BTD, None, 1 + scale2, shift2, dtype=dtype, rounded=False, rows=rows)
+        x_BTD, h_BTD = add_norm(
+            x_BTD, y_BTD, None, scale2, shift2, dtype=dtype, rounded=False, around_one=True, rows=rows
+        )
         return gated(x_BTD, self.ffn(h_BTD), gate2, dtype)
 
 
@@ -122,5 +141,5 @@ class Head(nn.Module):
 
     def forward(self, x_BTD: Tensor, time_D: Tensor) -> Tensor:
         shift, scale = (self.modulation[0].float() + time_D).unbind(0)
-        h_BTD = norm(x_BTD, 1 + scale, shift, dtype=torch.float32)
+        h_BTD = norm(x_BTD, scale, shift, around_one=True, dtype=torch.float32)
         return F.linear(h_BTD, self.head.weight.float(), self.head.bias.float()).to(x_BTD.dtype)

@@ -91,21 +91,24 @@ def norm(
     eps: float = EPS,
     dtype: torch.dtype | None = None,
     rounded: bool = False,
+    around_one: bool = False,
     rows: bool = False,
 ) -> Activation:
     """LayerNorm(x) * weight + bias in x's dtype, or `dtype`. `rounded`: the norm itself is rounded first.
 
-    Weight and bias are (D,) or (B, 1, D).
+    Weight and bias are (D,) or (B, 1, D). `around_one`: 1 + weight in the weight's place.
     """
     dtype = dtype or x_BTD.dtype
     if kernels := _kernels(x_BTD.device):
         _, out, scale = kernels.norm(
-            x_BTD, None, None, weight, bias, eps=eps, dtype=dtype, round_sum=False, round_norm=rounded, rows=rows
-        )
+            x_BTD, None, None, weight, bias, eps=eps, dtype=dtype, round_sum=False, round_norm=rounded,
+            around_one=around_one, rows=rows,
+        )  # fmt: skip
         return out if scale is None else Rows(out, scale)
     h_BTD = layer_norm(x_BTD, eps)
     h_BTD = h_BTD.to(dtype).float() if rounded else h_BTD
-    h_BTD = (h_BTD * weight.float() + bias.float()).to(dtype)
+    weight = 1 + weight.float() if around_one else weight.float()
+    h_BTD = (h_BTD * weight + bias.float()).to(dtype)
     return quantise_rows(h_BTD) if rows else h_BTD
 
 
@@ -118,17 +121,19 @@ def add_norm(
     *,
     dtype: torch.dtype,
     rounded: bool,
+    around_one: bool = False,
     rows: bool,
 ) -> tuple[Tensor, Activation]:
     """(x + y * gate in float32, its norm as above). `rounded`: the norm sees the sum rounded to `dtype`."""
     if kernels := _kernels(x_BTD.device):
         total, out, scale = kernels.norm(
-            x_BTD, y_BTD, gate_D, weight_D, bias_D, eps=EPS, dtype=dtype, round_sum=rounded, round_norm=False, rows=rows
-        )
+            x_BTD, y_BTD, gate_D, weight_D, bias_D, eps=EPS, dtype=dtype, round_sum=rounded, round_norm=False,
+            around_one=around_one, rows=rows,
+        )  # fmt: skip
         return total, out if scale is None else Rows(out, scale)
     total_BTD = x_BTD.float() + (y_BTD if gate_D is None else y_BTD * gate_D)
     seen_BTD = total_BTD.to(dtype) if rounded else total_BTD
-    return total_BTD, norm(seen_BTD, weight_D, bias_D, dtype=dtype, rows=rows)
+    return total_BTD, norm(seen_BTD, weight_D, bias_D, dtype=dtype, around_one=around_one, rows=rows)
 
 
 def gated(x_BTD: Tensor, y_BTD: Tensor, gate_D: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 It knows neither threads nor links nor its neighbours; `run` takes a payload and returns the next one.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from liveavatar_core.config import SamplingConfig
 from liveavatar_core.geometry import LATENTS_PER_BLOCK, WINDOW_BLOCKS, Geometry
-from liveavatar_core.model.audio import AudioTokens
+from liveavatar_core.model.audio import Heard
 from liveavatar_core.model.cache import BlockCache, SinkLayer
 from liveavatar_core.model.dit import CausalDiT, TimeTable
 from liveavatar_core.model.host_memory import HostMemory
-from liveavatar_core.model.layers import KeyValue, See
+from liveavatar_core.model.layers import KeyValue, See, Values
 from liveavatar_core.model.pointwise import rms_norm, rotate
 from liveavatar_core.model.rope import (
     REFERENCE_POSITION,
@@ -94,6 +95,8 @@ class Stage:
                     if (step, layer) in rings
                 }
                 self._rings = HostedRings(caches, host, self.device)
+        self._injections = tuple(i for i, layer in enumerate(config.audio_layers) if layer in spec.layers)
+        self._heard: dict[int, dict[int, Heard]] = {}  # block -> injection, while the block is here
         self._installed = dict.fromkeys(spec.steps, PREFILL)
         self._motion = self._factors(motion_factors)
         graphs = graphs and not spec.offload and can_capture(self.device)
@@ -131,8 +134,8 @@ class Stage:
         sink: dict[int, SinkLayer] = {} if hosted is None else hosted.shown
 
         def see(layer: int) -> See:
-            def store(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
-                k = rms_norm(k.flatten(2), norm).view_as(k)
+            def store(k: Tensor, norm: Tensor, values: Values) -> KeyValue:
+                k, v = rms_norm(k.flatten(2), norm).view_as(k), values(None)
                 if hosted is not None:
                     hosted.keep(payload.sink, layer, k, v)
                     return rotate(k, factors), v
@@ -144,7 +147,7 @@ class Stage:
             return store
 
         hidden = self.model.run_layers(
-            hidden.to(self.device), self._times[PREFILL].modulation, factors, self._text, see, audio=None
+            hidden.to(self.device), self._times[PREFILL].modulation, factors, self._text, see, hear=None
         )
         self._sinks[payload.sink] = sink
         return replace(payload, hidden=hidden, condition=None)
@@ -167,37 +170,50 @@ class Stage:
         time, rings = self._times[step], self._rings
         if rings is not None:
             rings.begin(step, block)
+        heard = self._heard.setdefault(block, {})
 
-        def layers(hidden: Tensor, factors: Tensor, reference: Tensor, local: Tensor, pooled: Tensor) -> Tensor:
+        def hear(injection: int) -> Heard:
+            if injection not in heard:  # at the block's first step here
+                heard[injection] = model.audio_injector.hear(injection, audio)
+            return heard[injection]
+
+        def layers(hidden: Tensor, factors: Tensor, reference: Tensor, hear: Callable[[int], Heard]) -> Tensor:
             def see(layer: int) -> See:
                 cache, key = caches[layer], (step, layer)
                 if rings is None or key not in rings:
                     cache.roll(reference)
-                    return lambda k, norm, v: cache.update(block, k, norm, v, factors)
+                    return lambda k, norm, values: cache.update(block, k, norm, values, factors)
                 rings.expect(key, block)
 
-                def store(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
+                def store(k: Tensor, norm: Tensor, values: Values) -> KeyValue:
                     rings.arrive(key, block)
                     cache.install(self._hosted_sinks.shown[layer], self._motion)
                     cache.roll(reference)
-                    seen = cache.update(block, k, norm, v, factors)
+                    seen = cache.update(block, k, norm, values, factors)
                     rings.leave(key, block)
                     return seen
 
                 return store
 
-            tokens = AudioTokens(local, pooled, audio.mask)
-            hidden = model.run_layers(hidden, time.modulation, factors, self._text, see, tokens)
+            hidden = model.run_layers(hidden, time.modulation, factors, self._text, see, hear, audio.mask)
             if rings is not None:
                 rings.end(step)
             return hidden
 
-        inputs = (hidden, factors, reference, audio.local, audio.pooled)
+        def captured(hidden: Tensor, factors: Tensor, reference: Tensor, *heard: Tensor) -> Tensor:
+            every = {injection: Heard(*(x[i] for x in heard)) for i, injection in enumerate(self._injections)}
+            return layers(hidden, factors, reference, every.__getitem__)
+
         # The block before this one had a full window too, and has run the same shapes outside a graph.
         if self._graphs is not None and block >= WINDOW_BLOCKS and audio.mask is None:
-            hidden = self._graphs.run((step, block % WINDOW_BLOCKS), layers, inputs)
+            every = [hear(injection) for injection in self._injections]
+            parts = ([h.k for h in every], [h.v for h in every], [h.modulation for h in every])
+            inputs = (hidden, factors, reference, *(torch.stack(part) for part in parts if part))
+            hidden = self._graphs.run((step, block % WINDOW_BLOCKS), captured, inputs)
         else:
-            hidden = layers(*inputs)
+            hidden = layers(hidden, factors, reference, hear)
+        if step == self.spec.steps[-1]:
+            del self._heard[block]
         if not model.has_head:
             # A graph's result is overwritten by the next one.
             return replace(payload, latent=latent, hidden=hidden.clone(), audio=audio)

@@ -70,13 +70,14 @@ class Fp8Linear(nn.Module):
         """Whether every token gets a scale of its own; whatever makes the input may then quantise it in passing."""
         return self._by_row and (self.weight.device.type == "cpu" or has_fp8(self.weight.device))
 
-    def forward(self, x: Activation) -> Tensor:
+    def forward(self, x: Activation, out: Tensor | None = None) -> Tensor:
         """(..., in) -> (..., out) in x's dtype, rounded to bf16 on the way as the original's fp8 product is.
 
-        Rows, whose dtype before is unknown, give the dtype of the bias.
+        Rows, whose dtype before is unknown, give the dtype of the bias. Into `out`, contiguous, if given.
         """
         if self._by_row and not self.takes_rows:
-            return scaled_linear(x, self.weight, self.weight_scale, self.bias)
+            y = scaled_linear(x, self.weight, self.weight_scale, self.bias)
+            return y if out is None else out.copy_(y)
         dtype = self.bias.dtype if isinstance(x, Rows) else x.dtype
         if self._by_row:
             rows = x if isinstance(x, Rows) else quantise_rows(x)
@@ -87,6 +88,7 @@ class Fp8Linear(nn.Module):
             shape, weight_scale = x.shape, self.weight_scale
             values, scale = quantise_fp8(x.flatten(0, -2))
         if has_fp8(values.device) and not any(size % 16 for size in self.weight.shape):
+            direct = out is not None and out.dtype == torch.bfloat16
             y = torch._scaled_mm(
                 values,
                 self.weight.t(),
@@ -95,10 +97,14 @@ class Fp8Linear(nn.Module):
                 bias=self.bias.bfloat16(),
                 out_dtype=torch.bfloat16,
                 use_fast_accum=True,
+                **({"out": out.view(-1, out.shape[-1])} if direct else {}),
             )
+            if direct:
+                return out
         else:
             y = dequantised_linear(values, scale, self.weight, self.weight_scale, self.bias).bfloat16()
-        return y.to(dtype).unflatten(0, shape[:-1])
+        y = y.to(dtype).unflatten(0, shape[:-1])
+        return y if out is None else out.copy_(y)
 
 
 def dequantised_linear(values: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from liveavatar_core.geometry import LATENTS_PER_BLOCK, WINDOW_BLOCKS, Geometry
 from liveavatar_core.model import layers, pointwise
 from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.model.dit import CausalDiT, TimeTable
-from liveavatar_core.model.layers import KeyValue
+from liveavatar_core.model.layers import KeyValue, Values
 from liveavatar_core.model.rope import (
     REFERENCE_POSITION,
     block_factors,
@@ -106,8 +106,8 @@ def _prefill(
     frame = geometry.tokens_per_frame
     sinks: list[Sink] = []
 
-    def see(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
-        k = layers.rms_norm(k.flatten(2), norm).view_as(k)
+    def see(k: Tensor, norm: Tensor, values: Values) -> KeyValue:
+        k, v = layers.rms_norm(k.flatten(2), norm).view_as(k), values(None)
         rotated = layers.rotate(k, factors)
         sinks.append(Sink(k[:, :frame], rotated[:, frame:], v))
         return rotated, v
@@ -146,8 +146,8 @@ def velocities(
 def _see(sink: Sink, reference: Tensor, factors: Tensor, window: list[KeyValue]):
     """What a block sees: its sink, the three blocks before it, itself. `window` grows by this block."""
 
-    def see(k: Tensor, norm: Tensor, v: Tensor) -> KeyValue:
-        window.append((layers.rotate(k, factors, norm_D=norm), v))
+    def see(k: Tensor, norm: Tensor, values: Values) -> KeyValue:
+        window.append((layers.rotate(k, factors, norm_D=norm), values(None)))
         keys, values = zip(*window[-WINDOW_BLOCKS:], strict=True)
         return (
             torch.cat((layers.rotate(sink.reference_k, reference), sink.motion_k, *keys), 1),
@@ -170,7 +170,8 @@ def _embed(model: CausalDiT, latent_BCFhw: Tensor) -> Tensor:
 
 
 def _inject(model: CausalDiT, injection: int, x_BTD: Tensor, audio: AudioTokens) -> Tensor:
-    return model.audio_injector(x_BTD.flatten(0, 1)[None], injection, audio)[0].view_as(x_BTD)
+    heard = model.audio_injector.hear(injection, audio)
+    return model.audio_injector(x_BTD.flatten(0, 1)[None], injection, heard)[0].view_as(x_BTD)
 
 
 def _velocity(model: CausalDiT, x_BTD: Tensor, time: TimeTable, grid: tuple[int, int]) -> Tensor:
