@@ -199,6 +199,12 @@ class HostSpeechEncoder:
     """The host's AUDIO_ENCODER as the engine wants it: normalised samples in, all hidden states out."""
 
     def __init__(self, encoder) -> None:
+        """Raises InputError for another kind of encoder."""
+        if not hasattr(encoder.model, "do_normalize"):
+            raise InputError(
+                f"the audio encoder is a {type(encoder.model).__name__}, whose features the model does not know: load "
+                "wav2vec2_large_english_fp16 with Load Audio Encoder"
+            )
         self._encoder = encoder
 
     def __call__(self, samples: Tensor) -> Tensor:

@@ -16,6 +16,10 @@ from liveavatar_core.geometry import check_picture
 BACKDROP = 0.5
 SMALL_SIDE = 256  # px; below it a face has too few pixels for the sizes the model makes
 UNUSUAL_ASPECT = 3.0
+WORKING_AREA = 704 * 384  # px; a larger picture is judged as the video will show it
+DARK, BRIGHT = 0.1, 0.95  # median brightness of the middle, where the face should be
+FLAT = 0.1  # difference between the bright and the dark parts of a picture of nothing
+SOFT_EDGE = 0.06  # of that difference, between neighbours on the sharpest edge: blurred over more than six pixels
 
 
 def cover(picture: Tensor, height: int, width: int) -> Tensor:
@@ -64,13 +68,36 @@ def picture_warnings(picture: Tensor) -> list[str]:
     height, width, channels = picture.shape
     warnings = []
     if min(height, width) < SMALL_SIDE:
-        warnings.append(f"the picture is only {width}x{height} px; the video will look soft")
+        warnings.append(f"the picture is only {width}x{height} px and the video will look soft: use a larger one")
     if max(height, width) > UNUSUAL_ASPECT * min(height, width):
         warnings.append(
-            f"the picture is {width}x{height} px, very long; most of it will be cut off or the face is small"
+            f"the picture is {width}x{height} px, very long, which leaves the face few pixels: crop it to head and "
+            "shoulders"
         )
     if channels == 4 and picture[..., 3].min() < 1:
-        warnings.append("the picture is transparent in places; they are filled with grey")
+        warnings.append("the picture is transparent in places, which are filled with grey: give it a background")
+    return warnings + _light_and_focus(_flatten(picture))
+
+
+def _light_and_focus(pixels: Tensor) -> list[str]:
+    """Sentences about (3, h, w): too dark, too bright, empty, blurred. Whether it has a face is for people to see."""
+    scale = (WORKING_AREA / (pixels.shape[1] * pixels.shape[2])) ** 0.5
+    if scale < 1:
+        pixels = interpolate(pixels[None], scale_factor=scale, mode="bilinear", antialias=True)[0]
+    grey = pixels.mean(0)
+    height, width = grey.shape
+    middle = grey[height // 4 : -(height // 4), width // 4 : -(width // 4)].median().item()
+    low, high = numpy.quantile(grey.numpy(), (0.01, 0.99))
+    warnings = []
+    if middle < DARK:
+        warnings.append("the middle of the picture is very dark: use one with light on the face")
+    if middle > BRIGHT:
+        warnings.append("the middle of the picture is almost white: use one that is less exposed")
+    if high - low < FLAT:
+        return warnings or ["the picture is almost of one brightness, with nothing to see in it: use another"]
+    steps = [difference.abs().numpy().ravel() for difference in (grey.diff(dim=0), grey.diff(dim=1))]
+    if numpy.quantile(numpy.concatenate(steps), 0.999) < SOFT_EDGE * (high - low):
+        warnings.append("the picture is blurred everywhere: use a sharper one")
     return warnings
 
 
