@@ -393,8 +393,9 @@ def test_advice_for_shapes_that_no_picture_has():
 
 
 def test_sizes_proposed_are_those_on_offer():
-    source = (Path(__file__).parent.parent / "nodes" / "inputs.py").read_text(encoding="utf-8")
-    names = re.findall(r'"(\d+)\*(\d+) [a-z ]+":', source)
+    source = (Path(__file__).parent.parent / "nodes" / "preset.py").read_text(encoding="utf-8")
+    (offered,) = re.findall(r"^SIZES = (.*)$", source, re.MULTILINE)
+    names = re.findall(r'"(\d+)\*(\d+)"', offered)
     assert sorted(int(width) * int(height) for width, height in names) == sorted(AREAS)
 
 
