@@ -151,8 +151,9 @@ def test_cache_lives_in_the_memory_it_is_given(attention, kv_cache):
     assert all(a is b for a, b in zip(there.memory, moved, strict=True))
     for a, b in zip(see(here), see(there), strict=True):
         assert torch.equal(a, b)
+    written = GEOMETRY.sink_tokens + GEOMETRY.tokens_per_block
     for a, b in zip(here.memory, moved, strict=True):
-        assert torch.equal(a, b)
+        assert torch.equal(a[:, :written], b[:, :written])
 
 
 def test_eight_bits_halve_a_bfloat16_ring():

@@ -62,11 +62,11 @@ class BlockCache:
         shape = (1, self.sink_tokens + WINDOW_BLOCKS * self.block_tokens, heads, head_dim)
 
         def empty(kind: torch.dtype) -> Tensor | Heads:
-            values = torch.zeros(shape, device=device, dtype=kind)
+            values = torch.empty(shape, device=device, dtype=kind)
             if kind == dtype:
                 return values
             # Tokens side by side: a kernel reads the scales of many keys of one head.
-            scale = torch.zeros((1, heads, shape[1]), device=device, dtype=SCALE).transpose(1, 2)
+            scale = torch.empty((1, heads, shape[1]), device=device, dtype=SCALE).transpose(1, 2)
             return Heads(values, scale)
 
         self.k_BSHK, self.v_BSHK = map(empty, kinds(dtype, attention, kv_cache))
