@@ -72,12 +72,13 @@ class Failing:
 
 
 class Breakable(Runtime):
-    """A runtime of which one stage can be made to fail."""
+    """A runtime of which one stage can be made to fail, and that may do without CUDA graphs."""
 
     broken: int | None = None
+    graphs = True
 
-    def stages(self, *args, **kwargs) -> list[Stage]:
-        stages = super().stages(*args, **kwargs)
+    def stages(self, *args) -> list[Stage]:
+        stages = super().stages(*args, graphs=self.graphs)
         return [Failing(stage) if stage.spec.index == self.broken else stage for stage in stages]
 
 
@@ -210,18 +211,20 @@ def kill(runtime: Breakable, spec: RuntimeSpec, setting: Setting, want: list[Ten
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--gpus", type=int, required=True, help="more than there are: each is taken several times")
     parser.add_argument("--precision", nargs="+", default=None, choices=["fp8", "bf16", "fp32"])
     parser.add_argument("--plans", nargs="+", help="only these, like single ring")
     parser.add_argument("--size", default=None, help="704x384")
     parser.add_argument("--blocks", type=int, default=24)
+    parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--vram", type=float, help="another ring with this many GiB of each GPU")
     parser.add_argument("--out", type=Path, default=Path("out/multi_gpu"))
     parser.add_argument("--tiny", action="store_true", help="a toy model on the CPU")
     options = parser.parse_args()
     options.precision = options.precision or ["fp32" if options.tiny else "fp8"]
     config = DEMO_CONFIG if options.tiny else LIVE_AVATAR_14B
-    devices = tuple("cpu" if options.tiny else f"cuda:{i}" for i in range(options.gpus))
+    count = min(options.gpus, torch.cuda.device_count())
+    devices = tuple("cpu" if options.tiny else f"cuda:{i * count // options.gpus}" for i in range(options.gpus))
     width, height = (int(side) for side in (options.size or ("64x64" if options.tiny else "704x384")).split("x"))
     geometry = Geometry(height, width)
     generator = torch.Generator().manual_seed(0)
@@ -231,9 +234,11 @@ def main() -> None:
     conditioning = Conditioning(torch.randn(77, config.text_dim, generator=generator), *portrait)
     setting = Setting(config, geometry, SamplingConfig(seed=1), conditioning, vae)
     runtime = Breakable(open_model=lambda path: RandomWeights(config, devices[0]))
+    runtime.graphs = not options.eager
     about = {
         "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
-        "gpus": options.gpus,
+        "gpus": len(set(devices)),
+        "graphs": runtime.graphs,
         "torch": torch.__version__,
         "size": f"{width}x{height}",
         "steps": setting.sampling.steps,

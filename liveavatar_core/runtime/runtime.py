@@ -269,7 +269,9 @@ class Runtime:
         log.info("layers %d-%d of %s are on %s", layers.start, layers.stop - 1, model.checkpoint.name, device)
         return dit
 
-    def stages(self, plan: Plan, geometry: Geometry, sampling: SamplingConfig, text: Tensor) -> list[Stage]:
+    def stages(
+        self, plan: Plan, geometry: Geometry, sampling: SamplingConfig, text: Tensor, *, graphs: bool = True
+    ) -> list[Stage]:
         """New stages for one stream, in the plan's order, on what `ensure` made resident. To be run inside
         `torch.inference_mode()`."""
         return [
@@ -279,6 +281,7 @@ class Runtime:
                 geometry,
                 sampling,
                 text,
+                graphs=graphs,
                 host=self._host[spec][1] if spec.offload else None,
                 attention=self._formats[1],
                 kv_cache=self._formats[2],
