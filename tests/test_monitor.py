@@ -107,19 +107,20 @@ def timeline() -> Timeline:
     return Timeline.of(monitor, PLAN, "a run", depth=3, reanchor=None)
 
 
+@pytest.mark.parametrize("decode", [0.05, 1.0])
 @pytest.mark.parametrize(("plan", "period"), [("single", 1), ("tpp", 1), ("ring", 2)])
-def test_the_ideal_of_a_steady_stream(plan, period):
+def test_the_ideal_of_a_steady_stream(plan, period, decode):
     """Every stage is busy all the time, or the decoder is."""
     plan = choose(plan, 2, 4, ["cpu"] * 2)
     spans = [Span(stage.index, "compute", 0, 0, 0.0, 0.1) for stage in plan.stages]
-    spans.append(Span(DECODER, "compute", 0, 0, 0.2, 0.25))
+    spans.append(Span(DECODER, "compute", 0, 0, 0.2, 0.2 + decode))
     ideal, seconds = steady(plan, spans)
-    blocks = {span.block for span in ideal if span.stage == len(plan.stages)}
-    assert len(blocks) == period
-    assert seconds == pytest.approx(period * 0.1 * len(plan.route()) / len(plan.stages))
+    work = 0.1 * period * len(plan.route()) / len(plan.stages)
+    assert seconds == pytest.approx(max(work, period * decode))
+    assert len([span for span in ideal if span.stage == len(plan.stages)]) == period
     for stage in plan.stages:
-        assert sum(span.seconds for span in ideal if span.stage == stage.index) == pytest.approx(seconds)
-        assert all(0 <= span.begin < seconds for span in ideal)
+        assert sum(span.seconds for span in ideal if span.stage == stage.index) == pytest.approx(work)
+    assert all(0 <= span.begin < seconds for span in ideal)
 
 
 def test_a_time_line_and_its_ideal(timeline, tmp_path):

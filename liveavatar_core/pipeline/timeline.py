@@ -107,10 +107,14 @@ def steady(plan: Plan, spans: Sequence[Span]) -> tuple[list[Span], float]:
     """
     count, period = len(plan.stages), len(plan.rows[0])  # a ring takes as many blocks round as it has stages
     perfect = _perfect(plan, _rows(spans, count), 2 * period + plan.depth, depth=plan.depth, reanchor=None)
-    ends = [span.end for span in perfect if span.stage == count]
-    begin, end = ends[period - 1], ends[2 * period - 1]
-    again = [span for span in perfect if begin <= span.begin < end]
-    return [replace(span, begin=span.begin - begin, end=span.end - begin) for span in again], end - begin
+    hops, decoded = [[span for span in perfect if (span.stage == count) == last] for last in (False, True)]
+    made = [span for span in hops if (span.stage, span.step) == plan.route()[-1]]
+    again, seconds = [], 0.0
+    for row, ends in ((hops, made), (decoded, decoded)):  # each on its own clock: the slower one sets the pace
+        begin, end = ends[period - 1].end, ends[2 * period - 1].end
+        again += [replace(s, begin=s.begin - begin, end=s.end - begin) for s in row if begin <= s.begin < end]
+        seconds = max(seconds, end - begin)
+    return again, seconds
 
 
 def _rows(spans: Sequence[Span], count: int) -> tuple[Span, ...]:
