@@ -9,7 +9,6 @@ export class Hold {
     this.element.style.cssText = 'display:none; gap:8px'
     this.pause = this.#button(() => (this.state.paused ? 'resume' : 'pause'))
     this.stop = this.#button(() => 'stop')
-    label(this.stop, 'pi pi-stop', say('Stop after this block and keep the video'))
   }
 
   /** `state`: id, paused and ended of a run; null: of none. */
@@ -18,6 +17,7 @@ export class Hold {
     this.element.style.display = state && !state.ended ? 'inline-flex' : 'none'
     if (state?.paused) label(this.pause, 'pi pi-play', say('Go on making the video'))
     else label(this.pause, 'pi pi-pause', say('Pause making the video after this block'))
+    label(this.stop, 'pi pi-stop', say('Stop after this block and keep the video'))
   }
 
   #button(action) {
