@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { Monitor } from "./monitor.mjs";
 import { Player } from "./player.mjs";
 import { learn, nameChoices } from "./words.mjs";
 
@@ -86,4 +87,32 @@ app.registerExtension({
   },
   nodeCreated: addPlayer,
   afterConfigureGraph: joinStreams,
+});
+
+const monitor = new Monitor();
+
+async function joinRun() {
+  const answer = await api.fetchApi("/liveavatar/pipeline");
+  if (answer.ok) monitor.tell(await answer.json());
+}
+
+app.registerExtension({
+  name: "LiveAvatar.Pipeline",
+  bottomPanelTabs: [
+    {
+      id: "liveavatar-pipeline",
+      title: "Live Avatar",
+      type: "custom",
+      render: (place) => monitor.moveTo(place),
+    },
+  ],
+  async setup() {
+    const joined = joinRun(); // spans are told once: these come first
+    api.addEventListener("liveavatar.pipeline", async ({ detail }) => {
+      await joined;
+      monitor.tell(detail);
+    });
+    api.addEventListener("reconnected", joinRun);
+    await joined;
+  },
 });
