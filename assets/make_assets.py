@@ -1,6 +1,8 @@
-"""Draws portrait.png, icon.png and banner.png and speaks speech.wav: the demo's input, made by the project itself.
+"""Draws the pictures and speaks speech.wav: what the workflows start from, made by the project itself.
 
-    python assets/make_assets.py        (needs Pillow; and espeak-ng on the PATH for the speech)
+    python -m assets.make_assets        (needs Pillow and torch; and espeak-ng on the PATH for the speech)
+
+portrait.png and what is cut from it is drawn here, anime.jpg and game_character.jpg are faces of training/world.
 
 Shapes are smooth closed curves through a few points, in pixels of the finished portrait; left-right symmetric ones are
 given by their right half. Everything is drawn four times larger and scaled down, which is the antialiasing.
@@ -12,7 +14,13 @@ import wave
 from array import array
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from training.world.looks import draw_look
+from training.world.painter import paint
+from training.world.pose import Pose
+from training.world.sheet import contact_sheet
 
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 704, 384  # the shape the model is used at most
@@ -21,6 +29,7 @@ SCALE = 4
 BANNER = (1260, 540)
 BANNER_WORDS = [("Wan Live Avatar", 78, 96), ("A portrait, speech and a prompt become", 30, 214),
                 ("a talking video, shown while it is made", 30, 256)]  # fmt: skip
+CHARACTERS = [("anime.jpg", "anime", 17), ("game_character.jpg", "game", 10)]
 SENTENCE = "Hello! I am a drawing, and a computer speaks for me. Nice to meet you."
 
 Point = tuple[float, float]
@@ -177,6 +186,11 @@ def draw_banner(portrait: Canvas, speech: Path) -> Image.Image:
     return banner
 
 
+def draw_character(kind: str, seed: int, side: int = 512) -> Image.Image:
+    twice = paint(draw_look(seed, kind), Pose.still(smile=0.4), 2 * side, 2 * side)
+    return contact_sheet(torch.nn.functional.avg_pool2d(twice, 2), 1)
+
+
 def loudness(path: Path, parts: int) -> list[float]:
     """The peak of each part of a 16-bit sound, the loudest as 1."""
     with wave.open(str(path)) as file:
@@ -201,3 +215,5 @@ if __name__ == "__main__":
     face.resize((256, 256), Image.Resampling.LANCZOS).save(HERE / "icon.png", optimize=True)
     speak(HERE / "speech.wav")
     draw_banner(canvas, HERE / "speech.wav").save(HERE / "banner.png", optimize=True)
+    for name, kind, seed in CHARACTERS:
+        draw_character(kind, seed).save(HERE / name, quality=90, subsampling=0)
