@@ -11,7 +11,7 @@ export class Unplayable extends Error {}
  */
 export async function feed(video, url, { signal, from, total }) {
   const answer = await fetch(url, { signal })
-  if (!answer.ok) throw new Error(`The stream cannot be had (${answer.status}).`)
+  if (!answer.ok) throw new Error(`the server answered ${answer.status}`)
   const reader = answer.body.getReader()
   const header = await readHeader(reader)
   const type = mediaType(header)
@@ -34,7 +34,7 @@ async function readHeader(reader) {
   let bytes = new Uint8Array(0)
   for (;;) {
     const { value, done } = await reader.read()
-    if (done) throw new Error('The stream ended before its first picture.')
+    if (done) throw new Error('it ended before its first picture')
     const joined = new Uint8Array(bytes.length + value.length)
     joined.set(bytes)
     joined.set(value, bytes.length)
@@ -43,7 +43,7 @@ async function readHeader(reader) {
     for (let at = 0; at + 8 <= bytes.length; at += view.getUint32(at)) {
       const end = at + view.getUint32(at)
       if (find(bytes.subarray(at, at + 8), 'moov') === 4 && end <= bytes.length) return bytes
-      if (end <= at) throw new Error('The stream is no mp4.')
+      if (end <= at) throw new Error('it is no mp4')
     }
   }
 }

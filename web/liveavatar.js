@@ -26,19 +26,24 @@ function showFinished({ detail }) {
 
 /** While the player shows the video, pictures of it beside it would only be in the way. */
 function keepPreviewFromPlayer(event) {
-  if (players.get(findNode(event.detail.displayNodeId))?.plays) event.stopImmediatePropagation();
+  if (players.get(findNode(event.detail.displayNodeId))?.replacesPreviews) event.stopImmediatePropagation();
 }
 
 function addPlayer(node) {
   if (node.comfyClass !== "LiveAvatar_Decode") return;
-  const player = new Player();
+  const player = new Player((shown) => {
+    widget.hidden = !shown;
+    const [width, height] = node.computeSize();
+    if (shown) node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+    node.setDirtyCanvas(true, true);
+  });
   players.set(node, player);
-  node.addDOMWidget("player", "liveavatar_player", player.element, {
+  const widget = node.addDOMWidget("player", "liveavatar_player", player.element, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => (player.isShown ? PLAYER_HEIGHT : 0),
-    getMaxHeight: () => (player.isShown ? Infinity : 0),
+    getMinHeight: () => PLAYER_HEIGHT,
   });
+  widget.hidden = true; // else it would lie over what is below the node, and take the clicks
   const removed = node.onRemoved;
   node.onRemoved = function (...args) {
     player.release();
@@ -58,10 +63,7 @@ function findNode(path) {
 }
 
 function showStream(state, joining = false) {
-  const node = findNode(state.node);
-  if (!players.get(node)?.tell(state, { joining })) return;
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(width, node.size[0]), Math.max(height, node.size[1])]);
+  players.get(findNode(state.node))?.tell(state, { joining });
 }
 
 async function joinStreams() {
