@@ -106,9 +106,11 @@ export class Monitor {
       write(detail, 0, middle + 7, dim)
       write(`${Math.round(100 * Math.min(1, share))} %`, LABELS - 44, middle, ink, 'right')
       if (place) write(waiting, LABELS - 8, middle, ink, 'right')
+      brush.globalAlpha = 0.5
       brush.fillStyle = empty
       brush.fillRect(real.left, top, real.width, height - 2)
       brush.fillRect(perfect.left, top, perfect.width, height - 2)
+      brush.globalAlpha = 1
     })
     this.drawn = [...boxes(run.spans, real), ...boxes(tiles(run, perfect.to), perfect)]
     for (const box of this.drawn) {
@@ -155,22 +157,18 @@ function describe(run) {
   return parts.join(' · ')
 }
 
+/** A device's name and figures over a bar that is as full as the device is of what was planned. */
 function gauge(device, used, planned) {
-  const whole = Math.max(used ?? 0, planned ?? 0)
-  const text = part('div', 'display:flex; justify-content:space-between; gap:8px; font-size:11px')
-  const name = part('span', 'flex:1')
+  const share = (100 * (used ?? 0)) / Math.max(used ?? 0, planned ?? 0)
+  const bar = part('div', `display:flex; justify-content:space-between; gap:8px; padding:1px 4px; margin-bottom:2px; font-size:11px; background:linear-gradient(to right, #4c78a899 ${share}%, var(--comfy-input-bg, #333) ${share}%)`)
+  const name = part('span', '')
   name.textContent = device
   const figures = part('span', '')
   if (used === undefined) figures.textContent = say('{planned} planned', { planned: size(planned) })
   else if (planned === undefined) figures.textContent = say('{used} in use', { used: size(used) })
   else figures.textContent = say('{used} of {planned} planned', { used: size(used), planned: size(planned) })
-  text.append(name, figures)
-  const bar = part('div', 'height:5px; margin:2px 0 6px; background:var(--comfy-input-bg, #333)')
-  const level = part('div', `height:100%; background:#4c78a8; width:${(100 * (used ?? 0)) / whole}%`)
-  bar.append(level)
-  const both = part('div', '')
-  both.append(text, bar)
-  return both
+  bar.append(name, figures)
+  return bar
 }
 
 function size(bytes) {

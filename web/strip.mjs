@@ -33,16 +33,16 @@ export function seconds({ fps }) {
   return SCALES.find((scale) => scale >= wanted) ?? SCALES.at(-1)
 }
 
-/** The ideal over and over, for so many seconds; the decoder's row is the last there, as the server counts. */
+/** The ideal over and over, before 0 too, for so many seconds. Its last row, as the server counts, is the decoder's. */
 export function tiles({ ideal, places }, length) {
   if (!ideal?.spans.length) return []
-  const turns = [...Array(Math.ceil(length / ideal.seconds)).keys()]
+  const turns = [...Array(Math.ceil(length / ideal.seconds) + 1).keys()]
   return turns.flatMap((turn) =>
     ideal.spans.map((span) => ({
       ...span,
       stage: span.stage === places.length ? DECODER : span.stage,
-      begin: span.begin + turn * ideal.seconds,
-      end: span.end + turn * ideal.seconds,
+      begin: span.begin + (turn - 1) * ideal.seconds,
+      end: span.end + (turn - 1) * ideal.seconds,
     })),
   )
 }
