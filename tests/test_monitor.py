@@ -48,6 +48,14 @@ def test_only_the_last_seconds_count():
     assert seen.blocks == 10 and seen.fps is None and all(stage.busy == 0 for stage in seen.stages)
 
 
+def test_slow_blocks_have_a_rate():
+    monitor = Monitor()
+    for block in range(6):
+        monitor.finished(block, time.perf_counter() - 20 * (6 - block))
+    monitor.watch(lambda: Gauges([0]))
+    assert monitor.snapshot().fps == pytest.approx(12 / 20)
+
+
 def test_nothing_yet():
     seen = Monitor().snapshot()
     assert (seen.blocks, seen.late, seen.fps, seen.stages) == (0, 0, None, ())

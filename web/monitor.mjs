@@ -32,6 +32,8 @@ export class Monitor {
     this.element.append(head, this.problem, body)
     this.canvas.addEventListener('mousemove', (event) => this.#explain(event))
     new ResizeObserver(() => this.#draw()).observe(strips)
+    const colours = new MutationObserver(() => this.#draw()) // which the host sets there
+    colours.observe(document.documentElement, { attributeFilter: ['style', 'class'] })
     this.#show()
   }
 

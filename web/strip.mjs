@@ -5,6 +5,7 @@ export const DECODER = -1 // stands where a stage would
 const PREFILL = -1 // where a step would
 const KEPT = 130 // seconds of spans
 const SCALES = [2, 4, 8, 15, 30, 60, 120] // seconds that a strip may show
+const DEFAULT_SCALE = 8
 const BLOCKS_SHOWN = 6
 const BLOCK_FRAMES = 12
 const STEPS = ['#4c78a8', '#f58518', '#54a24b', '#e45756', '#72b7b2', '#b279a2', '#ff9da6', '#9d755d']
@@ -28,8 +29,10 @@ function unpack([stage, kind, block, step, begin, end]) {
 }
 
 /** Seconds that the strip shows: some blocks, but in few sizes, so that it does not change all the time. */
-export function seconds({ fps }) {
-  const wanted = (BLOCKS_SHOWN * BLOCK_FRAMES) / (fps || BLOCK_FRAMES)
+export function seconds({ spans }) {
+  const ends = spans.filter((span) => span.stage === DECODER).map((span) => span.end).slice(-4)
+  if (ends.length < 2) return DEFAULT_SCALE
+  const wanted = (BLOCKS_SHOWN * (ends.at(-1) - ends[0])) / (ends.length - 1)
   return SCALES.find((scale) => scale >= wanted) ?? SCALES.at(-1)
 }
 

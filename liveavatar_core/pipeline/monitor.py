@@ -16,6 +16,7 @@ from liveavatar_core.geometry import DEFAULT_FPS, FRAMES_DROPPED, FRAMES_PER_BLO
 KEPT = 8192  # spans; some ten minutes of four stages
 DECODER = -1  # stands where a stage would, for the decoder's spans
 WINDOW = 10.0  # seconds that a snapshot looks back
+BLOCKS_IN_RATE = 3  # at least, where blocks take longer than that
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,10 @@ class Monitor:
             # In the order in which they were noted, which is that of their ends, but for moments.
             spans = list(takewhile(lambda span: span.end > since, reversed(self._spans)))[::-1]
             arrivals = self._arrivals
-            recent = [when for _, when in takewhile(lambda block: block[1] > since, reversed(arrivals.kept))][::-1]
+            latest = [when for _, when in islice(reversed(arrivals.kept), 2)]
+            gap = latest[0] - latest[-1] if latest else 0.0
+            lately = now - max(WINDOW, BLOCKS_IN_RATE * gap)
+            recent = [when for _, when in takewhile(lambda block: block[1] > lately, reversed(arrivals.kept))][::-1]
             blocks, late = arrivals.count, arrivals.late_count
         fps = None
         if len(recent) > 1:
