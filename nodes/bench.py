@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import comfy.model_management
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from liveavatar_core.config import SamplingConfig
 
@@ -110,5 +110,5 @@ class Benchmark(io.ComfyNode):
         about = {"size": f"{geometry.width}x{geometry.height}", "steps": steps}
         log.info("benchmark %s", json.dumps(about | line | {"ceilings": rates}))
         text = f"{table([line])}\n\nThis card at its best, hot:\n{ceilings_table(rates)}"
-        host.say(cls.hidden.unique_id, text)
-        return io.NodeOutput(text)
+        host.say(cls.hidden.unique_id, "measured")
+        return io.NodeOutput(text, ui=ui.PreviewText(text))

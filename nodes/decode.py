@@ -16,7 +16,7 @@ from torch import Tensor
 from liveavatar_core.errors import Cancelled, InputError
 from liveavatar_core.geometry import sample_at
 
-from . import host, live, runs
+from . import host, live, runs, settings
 from .types import CATEGORY, Avatar, StreamSocket
 
 GIB = 1024**3
@@ -141,7 +141,7 @@ def play(run: runs.Run, vae) -> Iterator[tuple[Tensor, Tensor]]:
     avatar, node_id = run.avatar, run.node or None
     stream, speech = avatar.stream, avatar.speech
     decoder = host.stream_decoder(vae, stream.request.runtime.decoder)
-    bar = comfy.utils.ProgressBar(stream.blocks, node_id=node_id)
+    bar, side = comfy.utils.ProgressBar(stream.blocks, node_id=node_id), settings.preview_side()
     with host.settling(), closing(run.latents):
         try:
             for chunk in frame_chunks(run.latents, decoder, stream.portrait[1], avatar.frames):
@@ -153,7 +153,7 @@ def play(run: runs.Run, vae) -> Iterator[tuple[Tensor, Tensor]]:
                 yield frames, _exactly(speech.waveform[:, span], span.stop - span.start)
                 # None after the last block: the page loads previews late, and would put it over the finished video.
                 ended = chunk.block + 1 == stream.blocks
-                preview = None if ended else ("JPEG", Image.fromarray(frames[-1].numpy()), None)
+                preview = None if ended or side == 0 else ("JPEG", Image.fromarray(frames[-1].numpy()), side)
                 host.say(node_id, f"block {chunk.block + 1} of {stream.blocks}: {last / speech.fps:.1f} s")
                 bar.update_absolute(chunk.block + 1, stream.blocks, preview)
         except Cancelled:

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from liveavatar_core.errors import InputError
 
+from . import settings
+
 if TYPE_CHECKING:
     from liveavatar_core.encoders.tiny_decoder import TinyVAE
     from liveavatar_core.encoders.vae import WanVAE
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from .footprint import Footprint
 
 MAX_STREAMS = 8  # whose latents stay on disk for decoding again
-MAX_SPOOL_BYTES = 4 * 1024**3  # about 80 minutes at full size
 
 _lock = threading.Lock()
 _runtime: "Runtime | None" = None
@@ -119,7 +120,7 @@ def stream(key: str, request: "StreamRequest") -> "LatentStream":
         _streams[key] = known
         _streams.move_to_end(key)
         held = sum(stream.spool.nbytes for stream in _streams.values())
-        while len(_streams) > 1 and (len(_streams) > MAX_STREAMS or held > MAX_SPOOL_BYTES):
+        while len(_streams) > 1 and (len(_streams) > MAX_STREAMS or held > settings.cache_bytes()):
             _, oldest = _streams.popitem(last=False)
             held -= oldest.spool.nbytes
             oldest.spool.discard()
@@ -167,7 +168,9 @@ def stream_decoder(host_vae, device: str) -> "VideoDecoder":
 
 def _loaded(load: Callable, state: Mapping[str, Tensor], device: str, dtype: torch.dtype):
     """What `load` makes of these weights, the same object for the same weights and device; float32 on a CPU."""
-    if torch.device(device).type == "cpu":
+    from liveavatar_core.runtime.runtime import as_device
+
+    if as_device(device).type == "cpu":
         dtype = torch.float32
     key = f"{load} {fingerprint(state.values())} {device} {dtype}"
     with _lock:

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 
 from liveavatar_core.config import ATTENTIONS, KV_CACHES, PRECISIONS, LoraSpec, ModelSpec, RuntimeSpec
 
+from .settings import default_devices
 from .types import CATEGORY, ModelSocket, RuntimeSocket
 
 NO_LORA = "none"
@@ -179,13 +180,16 @@ class RuntimeSettings(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return default_devices()
+
+    @classmethod
     def execute(
         cls, devices, plan, precision, attention="exact", kv_cache="full", vram=0.0, vae_device="auto", cluster=""
     ) -> io.NodeOutput:
-        names = tuple(name.strip() for name in devices.split(",") if name.strip())
         return io.NodeOutput(
             runtime_spec(
-                names,
+                devices,
                 plan=plan,
                 precision=precision,
                 attention=attention,
@@ -197,12 +201,19 @@ class RuntimeSettings(io.ComfyNode):
         )
 
 
-def runtime_spec(devices: tuple[str, ...] = ("auto",), **settings) -> RuntimeSpec:
-    """With further settings of RuntimeSpec by name. The device `auto` is the one ComfyUI itself uses, `all` are all."""
+def runtime_spec(devices: str = "auto", **settings) -> RuntimeSpec:
+    """With further settings of RuntimeSpec by name. The device `auto` is what the settings page says, `all` are all."""
     import comfy.model_management
 
-    meant = {
-        "auto": [str(comfy.model_management.get_torch_device())],
-        "all": [str(device) for device in comfy.model_management.get_all_torch_devices()],
-    }
-    return RuntimeSpec(tuple(device for name in devices for device in meant.get(name, [name])), **settings)
+    own = [str(comfy.model_management.get_torch_device())]
+    all_here = [str(device) for device in comfy.model_management.get_all_torch_devices()]
+    named = _replaced(_names(devices), {"auto": _names(default_devices())})
+    return RuntimeSpec(tuple(_replaced(named, {"auto": own, "all": all_here})), **settings)
+
+
+def _replaced(names: list[str], meant: dict[str, list[str]]) -> list[str]:
+    return [device for name in names for device in meant.get(name, [name])]
+
+
+def _names(devices: str) -> list[str]:
+    return [name.strip() for name in devices.split(",") if name.strip()]

@@ -1,7 +1,7 @@
 """A node that says how much memory a video will take, before anything is loaded."""
 
 import comfy.model_management
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry
@@ -35,7 +35,6 @@ class MemoryPlan(io.ComfyNode):
                     "runtime", optional=True, tooltip="Devices and precision to plan for, from a Runtime node."
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
             not_idempotent=True,
             outputs=[io.String.Output("STRING", display_name="plan", tooltip="The table as text.")],
@@ -77,8 +76,7 @@ class MemoryPlan(io.ComfyNode):
             check(memory, free)
         except PlanError as error:
             text += f"\n{error}"
-        host.say(cls.hidden.unique_id, text)
-        return io.NodeOutput(text)
+        return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
 def geometry_of(size: str, image) -> Geometry:

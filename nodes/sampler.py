@@ -8,6 +8,7 @@ from liveavatar_core.geometry import FRAMES_DROPPED, PIXELS_PER_TOKEN, Geometry,
 
 from . import host
 from .loaders import runtime_spec, stamps
+from .settings import default_devices
 from .types import CATEGORY, Avatar, ModelSocket, RuntimeSocket, Speech, SpeechSocket, StreamSocket
 
 REFERENCE_SWITCH = {"block 4 (original)": 4, "block 1 (paper)": 1, "never": None}
@@ -118,6 +119,10 @@ class ChunkedSampler(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return default_devices()
 
     @classmethod
     def execute(

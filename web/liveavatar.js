@@ -4,6 +4,8 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 import { Monitor } from "./monitor.mjs";
 import { Player } from "./player.mjs";
+import { LIVE_PLAYER, settings } from "./settings.mjs";
+import { addTable, showTable } from "./table.mjs";
 import { learn, nameChoices } from "./words.mjs";
 
 const PLAYER_HEIGHT = 240;
@@ -63,6 +65,7 @@ function findNode(path) {
 }
 
 function showStream(state, joining = false) {
+  if (!app.extensionManager.setting.get(LIVE_PLAYER)) return;
   players.get(findNode(state.node))?.tell(state, { joining });
 }
 
@@ -73,9 +76,20 @@ async function joinStreams() {
 }
 
 app.registerExtension({
-  name: "LiveAvatar.Language",
+  name: "LiveAvatar.Settings",
+  settings,
   init: () => learn(app.extensionManager.setting.get("Comfy.Locale")),
   nodeCreated: nameChoices,
+});
+
+app.registerExtension({
+  name: "LiveAvatar.Tables",
+  setup() {
+    api.addEventListener("executed", ({ detail }) => {
+      if (detail.output?.text) showTable(findNode(String(detail.display_node ?? detail.node)), detail.output.text[0]);
+    });
+  },
+  nodeCreated: addTable,
 });
 
 app.registerExtension({

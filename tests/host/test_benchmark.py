@@ -41,7 +41,8 @@ def test_interrupt_ends_it(server):
 
 def test_the_table_is_shown(run_workflow):
     """Also after a benchmark that was stopped."""
-    told = texts(run_workflow(benchmark()).events)
-    assert "timing the stream: block 13 of 13" in told
+    run = run_workflow(benchmark())
+    assert "timing the stream: block 13 of 13" in texts(run.events)
+    (table,) = run.outputs["bench"]["text"]
     for row in ("forward, one step of one block ms", "frames a second, decoder included", "This card at its best"):
-        assert row in told
+        assert row in table

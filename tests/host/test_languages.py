@@ -91,17 +91,24 @@ def test_sentences_of_the_page_are_translated() -> None:
         assert set(re.findall(r"\{\w+\}", said)) == set(re.findall(r"\{\w+\}", sentence)), sentence
 
 
-@pytest.mark.parametrize("name", ["settings.json", "commands.json"])
-def test_both_languages_have_the_same_settings_and_commands(name) -> None:
-    assert keys(read(LOCALES / "zh" / name)) == keys(read(LOCALES / "en" / name))
+def test_settings_of_the_page_are_translated_and_known_to_the_server() -> None:
+    page = (ROOT / "web" / "settings.mjs").read_text(encoding="utf-8")
+    chinese = read(LOCALES / "zh" / "settings.json")
+    assert {name.replace("_", ".") for name in chinese} == set(re.findall(r"'(LiveAvatar\.\w+)'", page))
+    options = [set(re.findall(r"'([^']+)'", found)) for found in re.findall(r"options: \[(.*)\]", page)]
+    assert [set(entry["options"]) for entry in chinese.values() if "options" in entry] == options
+    assert all(entry["name"] and entry["tooltip"] for entry in chinese.values())
+    server = (ROOT / "nodes" / "settings.py").read_text(encoding="utf-8")
+    assert set(re.findall(r'"(LiveAvatar\.\w+)"', server)) < set(re.findall(r"'(LiveAvatar\.\w+)'", page))
 
 
 def test_the_host_serves_them(server) -> None:
     with urllib.request.urlopen(f"{server.url}/i18n") as answer:
         served = json.load(answer)
-    for language in ("en", "zh"):
-        wanted = read(LOCALES / language / "nodeDefs.json")
-        assert {name: served[language]["nodeDefs"][name] for name in wanted} == wanted
+    for file in LOCALES.glob("*/*.json"):
+        ours, all_packs = read(file), served[file.parent.name]
+        theirs = all_packs if file.stem == "main" else all_packs[file.stem]
+        assert {name: theirs[name] for name in ours} == ours, file
 
 
 def keys(tree: object) -> object:
