@@ -260,7 +260,8 @@ class ClusterPipeline:
         return self._results.popleft()
 
     def _give(self, stage: int, payload: Payload) -> None:
-        self._cluster.processes[stage].give.options(concurrency_group="give").remote(payload)
+        process = self._cluster.processes[stage]
+        process.give.options(concurrency_group="give").remote(self._streams[stage], payload)
 
     def _poll(self, stage: int) -> None:
         process = self._cluster.processes[stage]

@@ -145,7 +145,7 @@ class StageProcess:
         attention: str = "exact",
         kv_cache: str = "full",
     ) -> int:
-        """The stream's number, which `poll` wants: a late question of the stream before must not take its answers."""
+        """The stream's number, which `give` and `poll` want: calls for the stream before may come late."""
         with self._changed:
             self._streams += 1
             self._results: deque[tuple[int, Tensor, Mark]] = deque()
@@ -179,8 +179,10 @@ class StageProcess:
         self._thread.start()
         return self._streams
 
-    def give(self, payload: Payload) -> None:
-        """From the driver, in the order of its calls."""
+    def give(self, stream: int, payload: Payload) -> None:
+        """From the driver, in the order of its calls. What comes late, for a stream that is over, is dropped."""
+        if stream != self._streams:
+            return
         carried, _, arrived = carry(each(payload, Tensor.cpu), Mark(), Lane(torch.device("cpu")), self._worker.lane)
         self._worker.put(Waiting(carried, None, arrived, time.perf_counter()))
 
