@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import avg_pool2d
 
 from liveavatar_core.evaluate.pictures import (
     colour_shift,
     exposure,
     flicker,
-    growth,
     histogram_overlap,
     likeness,
     sharpness,
@@ -143,20 +142,6 @@ def test_drifting_colours_and_light_show(clip):
     bright_mean, bright_ends = exposure((clip.frames.float() * 1.6).clamp(0, 255).to(torch.uint8))
     assert (bright_mean > mean + 0.08).all() and (bright_ends > ends + 0.01).all()
     assert (exposure(grain(clip.frames))[0] - mean).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("scale", [0.95, 1.0, 1.04, 1.08])
-def test_growth_is_measured(clip, scale):
-    planes = clip.frames.permute(0, 3, 1, 2).float()
-    size = round(SIDE * scale)
-    scaled = interpolate(planes, (size, size), mode="bilinear", antialias=True)
-    cut = abs(size - SIDE) // 2
-    if size >= SIDE:
-        grown = scaled[..., cut : cut + SIDE, cut : cut + SIDE]
-    else:
-        grown = torch.nn.functional.pad(scaled, (cut, SIDE - size - cut) * 2, mode="replicate")
-    frames = grown.round().to(torch.uint8).permute(0, 2, 3, 1)
-    assert growth(frames, clip.picture) == pytest.approx(size / SIDE, abs=0.012)
 
 
 def test_loudness_follows_the_sound_and_frames_keep_time():

@@ -1,4 +1,4 @@
-"""Figures of pictures: likeness, structure, sharpness, exposure, colour, flicker, growth.
+"""Figures of pictures: likeness, structure, sharpness, exposure, colour, flicker.
 
 Every function takes a window of video frames (T, H, W, 3) in 8 bits, most a reference picture (H, W, 3) beside it.
 None knows a face; who has a box around eyes, hair, a prop or the background passes that part of the frames.
@@ -11,10 +11,9 @@ from torch import Tensor
 
 _LUMA = (0.299, 0.587, 0.114)
 _CELLS, _DIRECTIONS = 8, 8  # of a descriptor
-_BINS = 32  # of a colour histogram
+_BINS = 16  # of a colour histogram
 _PATCH = 8  # side of SSIM's windows, px
 _C1, _C2 = 0.01**2, 0.03**2  # SSIM's usual constants for values in 0..1
-_GROWTHS = tuple(1 + 0.01 * i for i in range(-12, 13))
 
 
 def _planes(pictures: Tensor) -> Tensor:
@@ -23,13 +22,13 @@ def _planes(pictures: Tensor) -> Tensor:
     return pictures.permute(0, 3, 1, 2).float() / 255
 
 
-def _luma(pictures: Tensor) -> Tensor:
+def luma(pictures: Tensor) -> Tensor:
     """(N, 1, H, W)"""
     planes = _planes(pictures)
     return (planes * planes.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
 
 
-def _slopes(luma: Tensor) -> tuple[Tensor, Tensor]:
+def slopes(luma: Tensor) -> tuple[Tensor, Tensor]:
     """Differences to the right and downwards, on the same (H - 1) x (W - 1) pixels."""
     return luma[..., :-1, 1:] - luma[..., :-1, :-1], luma[..., 1:, :-1] - luma[..., :-1, :-1]
 
@@ -37,7 +36,7 @@ def _slopes(luma: Tensor) -> tuple[Tensor, Tensor]:
 def descriptor(pictures: Tensor) -> Tensor:
     """(N, D) of length 1: in each of 8 x 8 cells the colour, and how much of every direction its edges have."""
     planes = _planes(pictures)
-    dx, dy = _slopes(_luma(pictures))
+    dx, dy = slopes(luma(pictures))
     place = (torch.atan2(dy, dx) / torch.pi + 1) * (_DIRECTIONS / 2)
     strength = torch.hypot(dx, dy)
     shares = []
@@ -59,16 +58,18 @@ def histogram_overlap(frames: Tensor, reference: Tensor) -> Tensor:
     """(T,) 0..1: share of the colour histogram that both have, mean over the channels."""
 
     def histogram(pictures: Tensor) -> Tensor:
-        bins = (_planes(pictures) * (_BINS - 1e-3)).long().flatten(2)
-        counts = torch.zeros(*bins.shape[:2], _BINS, device=bins.device)
-        return counts.scatter_add_(2, bins, torch.ones_like(bins, dtype=counts.dtype)) / bins.shape[2]
+        places = (_planes(pictures) * (_BINS - 1)).flatten(2)  # each counts in both bins it lies between
+        below = places.long().clamp(max=_BINS - 2)
+        counts = places.new_zeros(*places.shape[:2], _BINS)
+        counts.scatter_add_(2, below, 1 + below - places).scatter_add_(2, below + 1, places - below)
+        return counts / places.shape[2]
 
     return torch.minimum(histogram(frames), histogram(reference)).sum(2).mean(1)
 
 
 def structure(frames: Tensor, reference: Tensor, where: Tensor | None = None) -> Tensor:
     """(T,) up to 1: SSIM of the luma, mean over windows that lie whole in `where` (H, W), true for what counts."""
-    a, b = _luma(frames), _luma(reference)
+    a, b = luma(frames), luma(reference)
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, _PATCH, stride=_PATCH // 2)
@@ -88,7 +89,7 @@ def sharpness(frames: Tensor, reference: Tensor) -> Tensor:
     """(T,) about 1: strength of the strongest twentieth of all edges, over that of the reference."""
 
     def edges(pictures: Tensor) -> Tensor:
-        strength = torch.hypot(*_slopes(_luma(pictures))).flatten(1)
+        strength = torch.hypot(*slopes(luma(pictures))).flatten(1)
         return strength.topk(max(1, strength.shape[1] // 20), dim=1).values.mean(1)
 
     return edges(frames) / edges(reference).clamp(min=1e-6)
@@ -97,7 +98,7 @@ def sharpness(frames: Tensor, reference: Tensor) -> Tensor:
 def exposure(frames: Tensor) -> tuple[Tensor, Tensor]:
     """(T,) mean luma in 0..1, and (T,) share of pixels with a channel at either end."""
     ends = ((frames == 0) | (frames == 255)).any(-1).float()
-    return _luma(frames).mean((1, 2, 3)), ends.mean((1, 2))
+    return luma(frames).mean((1, 2, 3)), ends.mean((1, 2))
 
 
 def colour_shift(frames: Tensor, reference: Tensor) -> Tensor:
@@ -112,26 +113,5 @@ def flicker(frames: Tensor) -> float:
     """
     if len(frames) < 3:
         raise ValueError(f"there are {len(frames)} frames; flicker needs three")
-    luma = 255 * _luma(frames)[:, 0]
-    return (luma[2:] - 2 * luma[1:-1] + luma[:-2]).abs().mean(0).median().item()
-
-
-def growth(frames: Tensor, reference: Tensor) -> float:
-    """How much larger everything is than in the reference, 1 for the same, in the mean of the window."""
-    want, mean = _luma(reference), _luma(frames).mean(0, keepdim=True)
-    height, width = want.shape[-2:]
-    identity = torch.tensor([[1.0, 0, 0], [0, 1, 0]], device=want.device)
-    margin_y, margin_x = height // 8, width // 8
-
-    def fit(scale: float) -> Tensor:
-        # what lies at x in the reference lies at x * scale in a frame that has grown
-        place = F.affine_grid((identity * scale)[None], [1, 1, height, width], align_corners=False)
-        moved = F.grid_sample(mean, place, mode="bilinear", padding_mode="border", align_corners=False)
-        inner = torch.stack((moved, want))[..., margin_y : height - margin_y, margin_x : width - margin_x].flatten(1)
-        return torch.corrcoef(inner)[0, 1]
-
-    fits = torch.stack([fit(scale) for scale in _GROWTHS])
-    best = int(fits.argmax().clamp(1, len(_GROWTHS) - 2))
-    left, middle, right = fits[best - 1 : best + 2].tolist()
-    bend = left - 2 * middle + right
-    return _GROWTHS[best] + 0.005 * (left - right) / bend if bend < 0 else _GROWTHS[best]
+    light = 255 * luma(frames)[:, 0]
+    return (light[2:] - 2 * light[1:-1] + light[:-2]).abs().mean(0).median().item()

@@ -10,7 +10,7 @@ from liveavatar_core.geometry import sample_at
 
 MAX_LAG = 10  # frames
 _MOUTH = (16, 24)  # height and width to which mouths are brought
-_NUDGES = (-1, 0, 1)  # px of that, by which a mouth may be beside its box
+_NUDGES = (-2, -1, 0, 1, 2)  # px of that, by which a mouth may be beside its box
 _FLOOR = 1e-3  # of full scale; quieter is silence
 
 
@@ -46,7 +46,7 @@ def opening(frames: Tensor, boxes: Tensor, closed: Tensor, closed_box: Tensor) -
 
     def inner(x: Tensor, dy: int = 0, dx: int = 0) -> Tensor:
         height, width = x.shape[-2:]
-        return x[..., 1 + dy : height - 1 + dy, 1 + dx : width - 1 + dx]
+        return x[..., 2 + dy : height - 2 + dy, 2 + dx : width - 2 + dx]
 
     got = got * (_middle(want) / _middle(got).clamp(min=0.02))
     errors = [(inner(got, dy, dx) - inner(want)).abs().mean((1, 2, 3)) for dy in _NUDGES for dx in _NUDGES]
