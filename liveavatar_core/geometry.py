@@ -98,7 +98,9 @@ def sample_at(frame: int, fps: int, sample_rate: int) -> int:
 def check_picture(height: int, width: int) -> None:
     """Raise InputError for pictures no portrait can be made from."""
     if min(height, width) < MIN_SIDE:
-        raise InputError(f"the picture is {width}x{height} px; its shorter side must have at least {MIN_SIDE} px")
+        raise InputError(
+            f"the picture is {width}x{height} px; its shorter side must have at least {MIN_SIDE} px: use a larger one"
+        )
     if max(height, width) / min(height, width) > MAX_ASPECT:
         raise InputError(
             f"the picture is {width}x{height} px; its longer side may be at most {MAX_ASPECT:g} times the shorter: "

@@ -104,7 +104,10 @@ def _light_and_focus(pixels: Tensor) -> list[str]:
 def _flatten(picture: Tensor) -> Tensor:
     """(h, w, 3 or 4) in 0..1 -> (3, h, w) float32 on the CPU without transparency."""
     if picture.dim() != 3 or picture.shape[2] not in (3, 4):
-        raise InputError(f"the picture's shape is {tuple(picture.shape)}; (height, width, 3 or 4 channels) is needed")
+        raise InputError(
+            f"the picture's shape is {tuple(picture.shape)}; (height, width, 3 or 4 channels) is needed: use one in "
+            "colour"
+        )
     check_picture(*picture.shape[:2])
     pixels = picture.detach().float().cpu().permute(2, 0, 1)
     if not pixels.isfinite().all():

@@ -31,12 +31,12 @@ def load_sound(path: str | Path) -> tuple[Tensor, int]:
 def check_sound(waveform: Tensor, rate: int) -> list[str]:
     """Warnings about a waveform (channels, N) that can be used; InputError about one that cannot."""
     if waveform.dim() != 2 or not waveform.numel():
-        raise InputError(f"the sound is empty, its shape is {tuple(waveform.shape)}; channels and samples are needed")
+        raise InputError(f"the sound is empty, its shape is {tuple(waveform.shape)}; load another recording")
     if rate <= 0:
-        raise InputError(f"the sound's rate is {rate} Hz; it must be positive")
+        raise InputError(f"the sound's rate is {rate} Hz; it must be positive: export it again")
     seconds = waveform.shape[1] / rate
     if seconds < MIN_SECONDS:
-        raise InputError(f"the sound lasts {seconds:.3f} s; at least {MIN_SECONDS} s are needed")
+        raise InputError(f"the sound lasts {seconds:.3f} s; at least {MIN_SECONDS} s are needed: use a longer one")
     low, high = (bound.item() for bound in torch.aminmax(waveform))  # one pass, no copy; NaN and infinity show
     peak = max(-low, high)
     if not peak < float("inf"):

@@ -383,4 +383,5 @@ def _check_devices(devices: tuple[str, ...]) -> None:
     for name in devices:
         device = as_device(name)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise PlanError(f"device {name} does not exist here; CUDA devices found: {torch.cuda.device_count()}")
+            found = torch.cuda.device_count()
+            raise PlanError(f"device {name} does not exist here; CUDA devices found: {found}, use one of them or cpu")

@@ -75,7 +75,9 @@ def _sizes(infos: Mapping[str, TensorInfo]) -> dict[str, int]:
         if name not in infos:
             raise WeightsError(f"the checkpoint has no {name}; download it again")
         if len(infos[name].shape) != rank:
-            raise WeightsError(f"{name} has shape {infos[name].shape}; it must have {rank} axes")
+            raise WeightsError(
+                f"{name} has shape {infos[name].shape}; it must have {rank} axes: download the file again"
+            )
         return infos[name].shape
 
     dim, channels = shape("patch_embedding.weight", 5)[:2]
