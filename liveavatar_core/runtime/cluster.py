@@ -6,7 +6,7 @@ stages goes from process to process without it. The only file that imports Ray, 
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -294,6 +294,7 @@ class ClusterPipeline:
                 raise StageError(stage, *self._at[stage], reason)
 
     def _gauges(self) -> Gauges:
-        devices = [stage.device for stage in self.plan.stages]
-        memory = {device: nbytes for device, nbytes in zip(devices, self._memory, strict=True) if nbytes}
-        return Gauges(tuple(self._waiting), memory)
+        memory: Counter[str] = Counter()
+        for stage, nbytes in zip(self.plan.stages, self._memory, strict=True):
+            memory[stage.device] += nbytes
+        return Gauges(tuple(self._waiting), +memory)
