@@ -5,7 +5,6 @@ export const DECODER = -1 // stands where a stage would
 const PREFILL = -1 // where a step would
 const KEPT = 130 // seconds of spans
 const SCALES = [2, 4, 8, 15, 30, 60, 120] // seconds that a strip may show
-const DEFAULT_SCALE = 8
 const BLOCKS_SHOWN = 6
 const BLOCK_FRAMES = 12
 const STEPS = ['#4c78a8', '#f58518', '#54a24b', '#e45756', '#72b7b2', '#b279a2', '#ff9da6', '#9d755d']
@@ -28,12 +27,12 @@ function unpack([stage, kind, block, step, begin, end]) {
   return { stage, kind, block, step, begin, end }
 }
 
-/** Seconds that the strip shows: some blocks, but in few sizes, so that it does not change all the time. */
-export function seconds({ spans }) {
+/** Seconds that the strip shows: some blocks, or all there is; in few sizes, so that it does not change all the time. */
+export function seconds({ spans, now }) {
   const ends = spans.filter((span) => span.stage === DECODER).map((span) => span.end).slice(-4)
-  if (ends.length < 2) return DEFAULT_SCALE
-  const wanted = (BLOCKS_SHOWN * (ends.at(-1) - ends[0])) / (ends.length - 1)
-  return SCALES.find((scale) => scale >= wanted) ?? SCALES.at(-1)
+  const block = ends.length > 1 ? (ends.at(-1) - ends[0]) / (ends.length - 1) : Infinity
+  const all = now - Math.min(now, ...spans.map((span) => span.begin))
+  return SCALES.find((scale) => scale >= Math.min(BLOCKS_SHOWN * block, all)) ?? SCALES.at(-1)
 }
 
 /** The ideal over and over, before 0 too, for so many seconds. Its last row, as the server counts, is the decoder's. */
