@@ -30,6 +30,14 @@ BANNER = (1260, 540)
 BANNER_WORDS = [("Wan Live Avatar", 78, 96), ("A portrait, speech and a prompt become", 30, 214),
                 ("a talking video, shown while it is made", 30, 256)]  # fmt: skip
 CHARACTERS = [("anime.jpg", "anime", 17), ("game_character.jpg", "game", 10)]
+THUMBNAIL = 480
+TEMPLATES = [("portrait", "portrait.png", "Portrait", {}), ("anime", "anime.jpg", "Anime", {}),
+             ("game_character", "game_character.jpg", "Game character", {}),
+             ("long_video", "portrait.png", "Long video", {"count": 5}),
+             ("low_memory", "portrait.png", "Low memory", {"dim": 0.45}),
+             ("many_gpus", "portrait.png", "Many GPUs", {"count": 2}),
+             ("headless", "portrait.png", "python, curl | ffplay", {"dim": 0.7}),
+             ("demo", "portrait.png", "Demo", {"dim": 0.25})]  # fmt: skip
 SENTENCE = "Hello! I am a drawing, and a computer speaks for me. Nice to meet you."
 
 Point = tuple[float, float]
@@ -191,6 +199,21 @@ def draw_character(kind: str, seed: int, side: int = 512) -> Image.Image:
     return contact_sheet(torch.nn.functional.avg_pool2d(twice, 2), 1)
 
 
+def draw_thumbnail(face: Image.Image, words: str, count: int = 1, dim: float = 0) -> Image.Image:
+    """A workflow's picture in the list of templates: the face, `count` times side by side, and what it is for."""
+    side, band = THUMBNAIL, 72
+    face = Image.blend(face, Image.new("RGB", face.size, INK), dim).resize((side, side), Image.Resampling.LANCZOS)
+    thumbnail = Image.new("RGB", (side, side), SHIRT_DARK)
+    strip, gap = side // count, 6 if count > 1 else 0
+    for i in range(count):
+        left = (side - strip + gap) // 2 if count > 2 else i * strip
+        thumbnail.paste(face.crop((left, 0, left + strip - gap, side)), (i * strip, 0))
+    draw = ImageDraw.Draw(thumbnail)
+    draw.rectangle((0, side - band, side, side), fill=SHIRT_DARK)
+    draw.text((side / 2, side - band / 2), words, fill=WHITE, font=ImageFont.load_default(34), anchor="mm")
+    return thumbnail
+
+
 def loudness(path: Path, parts: int) -> list[float]:
     """The peak of each part of a 16-bit sound, the loudest as 1."""
     with wave.open(str(path)) as file:
@@ -217,3 +240,8 @@ if __name__ == "__main__":
     draw_banner(canvas, HERE / "speech.wav").save(HERE / "banner.png", optimize=True)
     for name, kind, seed in CHARACTERS:
         draw_character(kind, seed).save(HERE / name, quality=90, subsampling=0)
+    for name, picture, words, look in TEMPLATES:
+        whole = Image.open(HERE / picture).convert("RGB")
+        left = (whole.width - whole.height) // 2
+        face = whole.crop((left, 0, left + whole.height, whole.height))
+        draw_thumbnail(face, words, **look).save(HERE.parent / "workflows" / f"{name}.jpg", quality=88)

@@ -33,7 +33,7 @@ from launch.comfy import PACK, Comfy  # noqa: E402
 from launch.demo import patch  # noqa: E402
 from liveavatar_core.client.connection import Client  # noqa: E402
 
-WORKFLOW = ROOT / "workflows" / "api" / "real_files.json"
+WORKFLOW = ROOT / "workflows" / "api" / "low_memory.json"
 GIB = 2**30
 CAPTURED = 10  # blocks until the window is full and every graph is there; what comes after is the steady state
 VAE, CLIP = "wan_2.1_vae.safetensors", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
@@ -68,6 +68,9 @@ def ours(model: str, lora: str, seconds: float, seed: int, side: int) -> dict:
             ("LiveAvatar_ModelLoader", "model_name"): model,
             ("LiveAvatar_ModelLoader", "lora_name"): lora,
             ("LiveAvatar_Runtime", "precision"): "fp8",
+            ("LiveAvatar_Runtime", "kv_cache"): "full",
+            ("LiveAvatar_ImageLoader", "size"): "704*384",
+            ("LiveAvatar_Sampler", "steps"): 4,
             ("LiveAvatar_AudioEncoder", "seconds"): seconds,
             ("LiveAvatar_ImageLoader", "width"): side,
             ("LiveAvatar_ImageLoader", "height"): side,
