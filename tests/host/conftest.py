@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, artefacts: Path):
         absent("no ComfyUI: LIVEAVATAR_COMFYUI is not set; `python run.py test` sets it")
     base = tmp_path_factory.mktemp("comfyui")
     (base / "input").mkdir()
-    for name in ("portrait.png", "speech.wav"):
+    for name in ("portrait.png", "anime.jpg", "game_character.jpg", "speech.wav"):
         shutil.copy(ROOT / "assets" / name, base / "input")
     sizes = furnish_models(base / "models", WORKFLOWS / "api")
     (base / "tiny_host.json").write_text(json.dumps(sizes))
@@ -61,7 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, artefacts: Path):
         Path(tree),
         base=base,
         log=artefacts / "comfyui.log",
-        packs={PACK: ROOT, "TinyHost": HERE / "tiny_host"},
+        packs={PACK: ROOT, "TinyHost": HERE / "tiny_host", "HandMade": HERE / "hand_made"},
         variables={"LIVEAVATAR_TINY_HOST": str(base / "tiny_host.json")},
     ) as running:
         yield running
