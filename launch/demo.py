@@ -52,8 +52,6 @@ async def make_video(url: str, options: argparse.Namespace) -> Path:
 
     start = time.monotonic()
     async with Client(url) as client:
-        for asset in (PORTRAIT, SPEECH):  # what the workflow names when it is opened in the browser
-            await client.upload(asset)
         values: dict[tuple[str, str], object] = {
             ("LoadImage", "image"): await client.upload(options.image),
             ("LoadAudio", "audio"): await client.upload(options.audio),

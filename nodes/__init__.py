@@ -10,7 +10,22 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io
 from server import PromptServer
 
-from . import bench, convert, decode, demo, inputs, live, loaders, memory, preset, runs, sampler, timeline, tools
+from . import (
+    bench,
+    convert,
+    decode,
+    demo,
+    examples,
+    inputs,
+    live,
+    loaders,
+    memory,
+    preset,
+    runs,
+    sampler,
+    timeline,
+    tools,
+)
 
 log = logging.getLogger(__name__)
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
@@ -27,6 +42,7 @@ class LiveAvatarExtension(ComfyExtension):
                 REQUIREMENTS,
             )
         folder_paths.add_model_folder_path("liveavatar", os.path.join(folder_paths.models_dir, "liveavatar"))
+        examples.provide()
         live.add_routes(PromptServer.instance.routes)
         runs.add_routes(PromptServer.instance.routes)
 

@@ -69,6 +69,9 @@ def test_it_works_where_it_is_put(way, server, artefacts, tmp_path, request) -> 
             address = f"{fresh.url}/api/workflow_templates/{NAME}/{template}"
             assert json.loads(get(f"{address}.json"))["nodes"]
             assert get(f"{address}.jpg").startswith(b"\xff\xd8")
+            for node in json.loads((pack / "workflows" / "api" / f"{template}.json").read_text()).values():
+                for kind in {"image", "audio"} & node["inputs"].keys() if node["class_type"].startswith("Load") else ():
+                    assert (fresh.base / "input" / node["inputs"][kind]).is_file(), "the template lacks its input"
         scripts = [path for path in json.loads(get(f"{fresh.url}/extensions")) if f"/{NAME}/" in path]
         assert scripts and all(get(fresh.url + path) for path in scripts)
     said = log.read_text(errors="replace")
