@@ -15,6 +15,7 @@ from . import (
     convert,
     decode,
     demo,
+    evaluate,
     examples,
     inputs,
     live,
@@ -61,6 +62,7 @@ class LiveAvatarExtension(ComfyExtension):
             memory.MemoryPlan,
             timeline.TimeLine,
             bench.Benchmark,
+            evaluate.Evaluate,
             convert.ConvertAndSave,
             tools.Unload,
         ]

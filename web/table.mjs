@@ -1,6 +1,6 @@
 // The table that a run leaves in a node, with its columns under each other; the host's own line of text is too narrow.
 
-const NODES = new Set(['LiveAvatar_MemoryPlan', 'LiveAvatar_Benchmark'])
+const NODES = new Set(['LiveAvatar_MemoryPlan', 'LiveAvatar_Benchmark', 'LiveAvatar_Evaluate'])
 const LEAST_WIDTH = 460
 const tables = new WeakMap() // by node
 

@@ -1,6 +1,6 @@
 """All figures of a video over its time, window by window, and what they are called."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -67,13 +67,18 @@ class Moment:
 
 
 def measure_video(
-    video: Path, picture: Tensor, places: Places, starts: Sequence[float] = TIMES
+    video: Path,
+    picture: Tensor,
+    places: Places,
+    starts: Sequence[float] = TIMES,
+    on_window: Callable[[float], None] = lambda start: None,
 ) -> tuple[Reference, list[Moment]]:
     """`picture` (H, W, 3 or 4) in 0..1 is what the video was made from, `places` where things are in it."""
     reference, moments = None, []
     for window in windows(video, starts, SECONDS):
         if reference is None:
             reference = at_size(picture, places, *window.frames.shape[1:3])
+        on_window(window.start)
         moments.append(measure(window, reference))
     if reference is None:
         raise InputError(f"{video} lasts {length(video):.1f} s; {SECONDS:g} s from {min(starts):g} s on are needed")

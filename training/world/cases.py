@@ -58,15 +58,19 @@ def boxes(look: Look, side: int = SIDE) -> dict:
     return {"mouth": in_pixels(*mouth_box(look, still)[0].tolist()), "parts": parts}
 
 
+def draw(folder: Path, kind: str, count: int) -> None:
+    """The first held-out faces of a class, and their boxes."""
+    (folder / kind).mkdir(parents=True, exist_ok=True)
+    for seed in range(count):
+        look = draw_look(seed, kind, held_out=True)
+        pixels = (paint(look, Pose.still(), SIDE, SIDE)[0].clamp(0, 1) * 255).round().to(torch.uint8)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / kind / f"{kind}-{seed}.png")
+        (folder / kind / f"{kind}-{seed}.json").write_text(json.dumps(boxes(look)), encoding="utf-8")
+
+
 def main(out: Path, pictures: int = 3, sounds: int = 2, seconds: float = 12.0) -> None:
     for kind in KINDS:
-        folder = out / "pictures" / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        for seed in range(pictures):
-            look = draw_look(seed, kind, held_out=True)
-            pixels = (paint(look, Pose.still(), SIDE, SIDE)[0].clamp(0, 1) * 255).round().to(torch.uint8)
-            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{kind}-{seed}.png")
-            (folder / f"{kind}-{seed}.json").write_text(json.dumps(boxes(look)), encoding="utf-8")
+        draw(out / "pictures", kind, pictures)
     (out / "sounds").mkdir(exist_ok=True)
     for seed in range(sounds):
         samples = sound(seed, seconds, held_out=True).samples
