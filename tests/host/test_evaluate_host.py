@@ -1,4 +1,4 @@
-"""The bench against a real ComfyUI: a set that is made once and measured, and the node. The model's picture is noise."""
+"""The bench against a real ComfyUI: a set made once and measured, and the node. The pictures are noise."""
 
 import json
 
