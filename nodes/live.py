@@ -11,6 +11,7 @@ that file at its own pace. Runs append from the host's worker thread; everything
 import asyncio
 import logging
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ MAX_STREAMS = 4  # whose bytes are kept
 MAX_VIEWERS = 64
 CHUNK = 64 * 1024
 SECONDS_WITHOUT_READING = 600  # after which a viewer is let go; a paused player reads nothing
+SECONDS_BETWEEN_LOOKS = 2  # whether a viewer is still there, while there is nothing to send
 HEADERS = {"Content-Type": "video/mp4", "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 
@@ -162,7 +164,7 @@ async def _watch(request: web.Request) -> web.StreamResponse:
     _viewers += 1
     try:
         await response.prepare(request)
-        await _send(stream, response, waiting="so_far" not in request.query)
+        await _send(stream, request, response)
     except (ConnectionError, asyncio.TimeoutError):  # noqa: UP041 - not the same before Python 3.11
         pass  # the viewer is gone
     finally:
@@ -170,16 +172,19 @@ async def _watch(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def _send(stream: LiveStream, response: web.StreamResponse, waiting: bool) -> None:
-    """All there is and, if waiting, all that comes, as fast as the viewer takes it."""
+async def _send(stream: LiveStream, request: web.Request, response: web.StreamResponse) -> None:
+    """All there is and, unless it is asked for so far, all that comes, as fast as the viewer takes it."""
     with stream.path.open("rb") as file:
         while True:
             changed, ended = stream.changed, stream.state.ended  # before reading, so that nothing is missed
             data = await asyncio.to_thread(file.read, CHUNK)
             if data:
                 await asyncio.wait_for(response.write(data), SECONDS_WITHOUT_READING)
-            elif ended or not waiting:
+            elif ended or "so_far" in request.query:
                 await response.write_eof()
                 return
+            elif request.transport is None:
+                return  # the viewer is gone
             else:
-                await changed.wait()
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), SECONDS_BETWEEN_LOOKS)
