@@ -47,14 +47,11 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, artefacts: Path):
-    """ComfyUI with the pack, the demo's inputs, and tiny models under the names that the workflows ask for."""
+    """ComfyUI with the pack, and tiny models under the names that the workflows ask for."""
     tree = os.environ.get("LIVEAVATAR_COMFYUI")
     if not tree:
         absent("no ComfyUI: LIVEAVATAR_COMFYUI is not set; `python run.py test` sets it")
     base = tmp_path_factory.mktemp("comfyui")
-    (base / "input").mkdir()
-    for name in ("portrait.png", "speech.wav"):
-        shutil.copy(ROOT / "assets" / name, base / "input")
     sizes = furnish_models(base / "models", WORKFLOWS / "api")
     (base / "tiny_host.json").write_text(json.dumps(sizes))
     with Comfy(
