@@ -6,11 +6,12 @@ import time
 
 import aiohttp
 import pytest
-from test_player import SECONDS_TO_WAIT, ask, film, new_stream, packets, streams
+from test_player import PAGE, SECONDS_TO_WAIT, _seeds, ask, film, new_stream, packets, streams
+from test_time_line import with_plan
 
-from liveavatar_core.client.connection import Client
+from liveavatar_core.client.connection import Client, WorkflowFailed
 
-BLOCKS, SECONDS, FRAMES = 3, 1.2, 30
+BLOCKS, SECONDS, FRAMES = 5, 2.0, 50
 
 
 async def act(session: aiohttp.ClientSession, state: dict, action: str) -> int:
@@ -95,6 +96,14 @@ def test_a_stopped_run_is_a_success_and_not_taken_for_the_whole(server) -> None:
     assert statuses == [204, 405]
 
 
+def test_errors_are_reported_in_words(server, run_workflow) -> None:
+    with pytest.raises(WorkflowFailed, match="plan 2x2 is for 4 devices"):
+        run_workflow(with_plan(film(AudioEncoder__seconds=0.5), "cpu, cpu", "2x2"))
+    report = json.loads(ask(f"{server.url}/liveavatar/pipeline")[2])
+    assert report["ended"] and "plan 2x2 is for 4 devices" in report["problem"]
+    assert (report["blocks"], report["spans"], report["fps"], report["first"]) == (0, [], None, None)
+
+
 def test_only_a_running_stream_can_be_held(server) -> None:
     for name in ["nothing", "%2e%2e", *(state["id"] for state in streams(server))]:
         for action in ("pause", "resume", "stop"):
@@ -108,3 +117,58 @@ def test_other_sites_cannot_hold_or_look(server) -> None:
         assert ask(f"{server.url}/liveavatar/pipeline", **headers)[0] == 403
         for action in ("pause", "resume", "stop"):
             assert ask(f"{server.url}/liveavatar/stream/nothing/{action}", "POST", **headers)[0] == 403
+
+
+def told(before: int, spans: list[list], **more: object) -> dict:
+    return {"id": "a", "now": 30.0, "fps": 24.0, "spans_before": before, "spans": spans} | more
+
+
+def test_reports_become_boxes(browse, tmp_path) -> None:
+    """Two stages; spans are [stage, kind, block, step, begin, end], and 10 s are 100 pixels. A block takes 2 s."""
+    first = [[0, "compute", 0, 0, 21.0, 22.0], [0, "copy", 0, 0, 22.0, 22.5], [1, "compute", 0, 0, 22.5, 23.5]]
+    more = [[1, "compute", 9, 0, 1.0, 2.0], [-1, "compute", 9, 0, 22.5, 23.5]]
+    second = [first[2], *more, [-1, "compute", 0, 0, 23.5, 25.5], [0, "compute", 1, 0, 19.0, 20.5]]
+    ideal = {"seconds": 2.0, "spans": [[0, "compute", 0, 0, 0.0, 1.0], [2, "compute", 0, 0, 1.0, 3.0]]}
+    reports = [
+        told(0, [[0, "compute", 5, 0, 0.0, 1.0]], id="the run before"),
+        told(0, first, places=[{}, {}], plan="ring"),
+        told(2, second, ideal=ideal),  # the third span once more
+    ]
+    (tmp_path / "reports.json").write_text(json.dumps(reports))
+    seen = browse("lay_out.mjs", tmp_path / "reports.json")
+    assert (seen["spans"], seen["plan"], seen["seconds"]) == (7, "ring", 15)
+    assert seen["rate"] == 12 / 2 and seen["decoding"] == pytest.approx(0.3)
+    assert sorted(seen["real"]) == [
+        [-1, 0, 35, 20, 40, 15],
+        [-1, 9, 25, 10, 40, 15],
+        [0, 0, 10, 10, 0, 15],
+        [0, 0, 20, 5, 15, 2],  # the copy, at the row's bottom
+        [0, 1, 0, 5, 0, 15],  # began before what is shown
+        [1, 0, 25, 10, 20, 15],
+    ]
+    assert sorted(seen["ideal"]) == sorted(
+        [[0, 0, left, 10, 0, 15] for left in (0, 20, 40)]
+        + [[-1, 0, left, width, 40, 15] for left, width in ((0, 10), (10, 20), (30, 20))]
+    )
+    assert seen["ticks"] == [20, 22, 24, 26, 28, 30]
+
+
+def test_the_panel_shows_a_run_and_holds_it(server, browse, artefacts) -> None:
+    """Two stages; one run is paused and resumed, another stopped."""
+    seeds = [next(_seeds), next(_seeds)]
+    seen = browse("watch_panel.mjs", server.url, PAGE, artefacts, seeds[0], SECONDS, "cpu, cpu")
+    assert seen["before"].strip()
+    assert "of 5 blocks" in seen["paused"] and "paused" in seen["paused"]
+    assert "planned" in seen["paused"], "the memory plan"
+    assert seen["real"] == 3, "two stages and the decoder"
+    for words in ("done", "5 of 5 blocks", "plan ring", "frames a second", "first frames after"):
+        assert words in seen["done"]
+    assert seen["ideal"] == 3
+    stopped = seen["stopped"]
+    assert (
+        stopped["text"].startswith("stopped")
+        and "of 11 blocks" in stopped["text"]
+        and stopped["video"]["size"] == [96, 64]
+    )
+    assert 0 < stopped["video"]["duration"] < 4
+    assert seen["problems"] == [], "the page reported errors"
