@@ -11,7 +11,7 @@ from liveavatar_core.demo import DemoFiles, write_demo
 from liveavatar_core.encoders.audio_features import FeatureStream, load_speech_encoder
 from liveavatar_core.encoders.vae import StreamDecoder, read_vae
 from liveavatar_core.errors import Cancelled, InputError, PlanError, WeightsError
-from liveavatar_core.geometry import FRAMES_DROPPED, frames_for
+from liveavatar_core.geometry import FRAMES_DROPPED, Geometry, frames_for
 from liveavatar_core.pipeline.hold import Hold
 from liveavatar_core.pipeline.spool import Spool
 from liveavatar_core.pipeline.stream import frame_chunks
@@ -270,3 +270,9 @@ def test_devices_and_files_that_do_not_exist(request_, tmp_path):
         stream_of(missing, tmp_path)
     with pytest.raises(PlanError, match="device cuda:99 does not exist here"):
         next(stream_of(replace(request_, runtime=RuntimeSpec(("cuda:99",))), tmp_path).latents())
+
+
+@pytest.mark.parametrize("spec", [RuntimeSpec(("cuda:99",)), RuntimeSpec(("cpu",), decoder="cuda:99")])
+def test_the_vae_is_not_placed_on_a_device_that_does_not_exist(demo, request_, spec):
+    with pytest.raises(PlanError, match="device cuda:99 does not exist here"):
+        Runtime().placed(request_.model, demo.config, spec, 4, Geometry(64, 96))

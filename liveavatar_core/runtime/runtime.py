@@ -129,6 +129,8 @@ class Runtime:
         self, model: ModelSpec, config: ModelConfig, spec: RuntimeSpec, steps: int, geometry: Geometry
     ) -> RuntimeSpec:
         """`spec` with the VAE's device decided, since the VAE is needed before the model is loaded."""
+        if spec.cluster is None:
+            _check_devices((*spec.devices, *([] if spec.decoder == "auto" else [spec.decoder])))
         if spec.decoder != "auto":
             return spec
         if spec.cluster is not None:  # its devices are other processes', the VAE is in this one
