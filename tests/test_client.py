@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from launch import ROOT
-from liveavatar_core.client.__main__ import FAILED, NO_SERVER, WRONG, main
+from liveavatar_core.client.__main__ import FAILED, NO_SERVER, WRONG, main, place
 from liveavatar_core.client.connection import _explain
 from liveavatar_core.client.workflow import Progress, find, patch, read, typed
-from liveavatar_core.errors import InputError
+from liveavatar_core.errors import InputError, OutputError
 
 WORKFLOW = {
     "7": {"class_type": "LoadImage", "inputs": {"image": "a.png"}},
@@ -80,6 +80,14 @@ def test_refusals_are_one_line_per_reason() -> None:
     refusal = {"error": {}, "node_errors": {"3": {"class_type": "LoadImage", "errors": [error]}}}
     assert _explain(refusal).endswith("LoadImage (node 3): Value not in list: image: 'x' not in []")
     assert "Node 'X' not found." in _explain({"error": {"message": "Node 'X' not found.", "details": "#1"}})
+
+
+def test_results_stay_below_the_folder(tmp_path) -> None:
+    """Those of two nodes often have one name, and a server could say anything."""
+    assert place(tmp_path, {"subfolder": "video", "filename": "a.mp4"}) == tmp_path / "video" / "a.mp4"
+    for subfolder, name in (("..", "a.mp4"), ("", "../a.mp4"), ("/etc", "a.mp4"), ("video/../..", "a.mp4")):
+        with pytest.raises(OutputError, match="not below its output folder"):
+            place(tmp_path, {"subfolder": subfolder, "filename": name})
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys: pytest.CaptureFixture) -> None:

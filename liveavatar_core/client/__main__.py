@@ -17,11 +17,11 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from io import RawIOBase
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from liveavatar_core.client.workflow import Progress, Workflow, find, patch, read, typed
-from liveavatar_core.errors import InputError, LiveAvatarError
+from liveavatar_core.errors import InputError, LiveAvatarError, OutputError
 
 if TYPE_CHECKING:
     from liveavatar_core.client.connection import Client
@@ -79,7 +79,7 @@ async def make(options: argparse.Namespace) -> int:
                         await save(client.watch(run.stream), options.out / f"{run.id}.mp4")
                     return STOPPED
                 for file in results(outputs):
-                    path = options.out / PurePosixPath(file["filename"]).name
+                    path = place(options.out, file)
                     await save(client.download(file), path)
                     if sink and run.stream is None and path.suffix == ".mp4":  # it was made earlier
                         await copy(client.download(file), sink)
@@ -182,6 +182,14 @@ def results(outputs: dict[str, dict]) -> Iterator[dict]:
             for file in found if isinstance(found, list) else ():
                 if isinstance(file, dict) and file.get("type") == "output":
                     yield file
+
+
+def place(folder: Path, file: dict) -> Path:
+    """As in the server's own output folder; its words lead nowhere else."""
+    path = PurePath(file["subfolder"], file["filename"])
+    if path.anchor or ".." in path.parts:
+        raise OutputError(f"the server calls a result {path}, which is not below its output folder")
+    return folder / path
 
 
 async def save(pieces: AsyncIterator[bytes], path: Path) -> None:
