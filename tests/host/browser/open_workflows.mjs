@@ -29,6 +29,8 @@ try {
   await shoot('blueprint-finished')
 
   await speak('zh')
+  await page.reload({ waitUntil: 'domcontentloaded' })
+  await untilReady(page)
   for (const name of names) {
     seen[name].chinese = { ...(await open(name, read(join(folder, `${name}.json`)))), problems: problems.splice(0) }
     await shoot(`${name}-chinese`)
@@ -39,10 +41,9 @@ try {
 }
 console.log(JSON.stringify(seen))
 
+// Kept by the server, for its other pages too.
 async function speak(language) {
   await page.evaluate((language) => app.extensionManager.setting.set('Comfy.Locale', language), language)
-  await page.reload({ waitUntil: 'domcontentloaded' })
-  await untilReady(page)
 }
 
 async function open(name, workflow) {
