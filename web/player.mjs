@@ -5,7 +5,7 @@ import { feed, Unplayable } from './feed.mjs'
 import { Hold } from './hold.mjs'
 import { say } from './words.mjs'
 
-const BEFORE_THE_END = 1 // seconds before the newest picture at which a late viewer begins
+const BEFORE_THE_END = 1 // seconds before the newest picture, for who comes late or seeks beyond it
 
 export class Player {
   /** `onShown(whether)` hears when it appears and disappears. */
@@ -67,7 +67,7 @@ export class Player {
     } else if (state.ready) {
       this.release()
       this.state = state
-      this.#start(joining ? Math.max(0, state.ready - BEFORE_THE_END) : 0)
+      this.#start(joining ? newest(state) : 0)
     }
     this.#describe()
   }
@@ -143,14 +143,17 @@ export class Player {
   }
 
   #stayInside() {
-    const { ready = 0, ended } = this.state ?? {}
-    if (!ended && this.video.currentTime > ready) this.video.currentTime = Math.max(0, ready - 0.1)
+    if (this.state?.ended === false && this.video.currentTime > this.state.ready) this.video.currentTime = newest(this.state)
   }
 
   #describe() {
     this.hold.tell(this.state)
     if (this.state) this.line.textContent = this.problem ? this.problem : describe(this.state, this.video)
   }
+}
+
+function newest({ ready }) {
+  return Math.max(0, ready - BEFORE_THE_END)
 }
 
 /** "1.4 of 3.0 s · made at 21.3 of 25 frames a second · 0.6 s ahead" */

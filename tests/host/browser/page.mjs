@@ -15,14 +15,22 @@ const KNOWN_MESSAGES = [
   /^Loading media from\s+'blob:.*Content Security Policy/s,
   /https:\/\/(huggingface\.co|api\.comfy\.org)\/.*Content Security Policy/s,
 ]
-const KNOWN_MISSING = [/^\/(api\/)?user\.css$/, /^\/(api\/)?userdata(\/|$)/, /^\/(api\/)?settings\//]
+// It asks for a node's help in English before it takes the page for all languages, which is in English.
+const KNOWN_MISSING = [/^\/(api\/)?user\.css$/, /^\/(api\/)?userdata(\/|$)/, /^\/(api\/)?settings\//, /\/docs\/\w+\/en\.md$/]
 
-export async function openPage(url, { viewport = { width: 1600, height: 900 }, bypassCSP = false } = {}) {
-  const browser = await chromium.launch({
+export function openBrowser() {
+  return chromium.launch({
     executablePath: process.env.CHROMIUM,
     args: ['--no-sandbox', '--disable-gpu', '--disable-background-networking', '--proxy-server=direct://'],
   })
-  const page = await browser.newPage({ viewport, bypassCSP })
+}
+
+/** A page of its own, as another person's; `browser` to have several in one. `script` runs before the page's own. */
+export async function openPage(url, { viewport = { width: 1600, height: 900 }, bypassCSP = false, browser, script } = {}) {
+  const own = browser ? null : await openBrowser()
+  const context = await (browser ?? own).newContext({ viewport, bypassCSP })
+  if (script) await context.addInitScript(script)
+  const page = await context.newPage()
   const problems = []
   page.on('pageerror', (error) => problems.push(`uncaught: ${error}`))
   page.on('console', (message) => {
@@ -35,10 +43,15 @@ export async function openPage(url, { viewport = { width: 1600, height: 900 }, b
       problems.push(`${response.status()} ${pathname}${search}`)
   })
   await page.goto(url, { waitUntil: 'domcontentloaded' })
+  await untilReady(page)
+  return { page, problems, close: () => (own ?? context).close() }
+}
+
+/** The page shows `app` before it has opened the workflow it begins with, which would then take the place of ours. */
+export async function untilReady(page) {
   await page.waitForFunction(
-    () => window.app?.extensionManager && window.app?.graph && window.LiteGraph?.registered_node_types?.SaveImage,
+    () => window.app?.extensionManager?.spinner === false && window.LiteGraph?.registered_node_types?.SaveImage,
     null,
-    { timeout: 120_000 },
+    { timeout: 240_000 },
   )
-  return { page, problems, close: () => browser.close() }
 }
