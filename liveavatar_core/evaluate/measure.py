@@ -24,6 +24,7 @@ from liveavatar_core.evaluate.speech import agreement, loudness, opening
 from liveavatar_core.evaluate.tracking import Box, follow, inside, shape, track_mouth
 
 SECONDS = 2.0  # of a window
+LIPS_FIT = 0.4  # correlation from which on a lag says something
 TIMES = (0, 3, 10, 30, 60, 180, 600)  # s, at which windows begin when no times are given
 
 
@@ -117,7 +118,8 @@ def _lips(window: Window, picture: Tensor, mouth: Box) -> dict[str, float]:
     frames = window.frames
     opened = opening(frames, track_mouth(frames, picture, mouth), picture, torch.tensor(mouth))
     sync = agreement(opened, loudness(window.sound, window.rate, len(frames), window.fps))
-    return {"lips": sync.correlation, "lips late": float(sync.lag)}
+    lag = {"lips late": float(sync.lag)} if sync.best > LIPS_FIT else {}
+    return {"lips": sync.correlation, **lag}
 
 
 def _shape(frames: Tensor, picture: Tensor, box: Box, mouth: Box | None) -> dict[str, float]:

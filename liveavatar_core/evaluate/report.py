@@ -22,7 +22,7 @@ h2{margin-top:2em;border-bottom:2px solid #ddd}.film{display:flex;flex-wrap:wrap
 figure{margin:0}img{height:150px;display:block}figcaption{font-size:12px;color:#666}
 .name{width:100%;font-size:13px}svg{background:#fafafa;margin:4px}table{border-collapse:collapse;font-size:13px}
 td,th{padding:2px 10px;text-align:right;border-bottom:1px solid #eee}td:first-child,td:nth-child(2){text-align:left}
-.much{background:#ffe3cf}.dot{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin:0 .3em 0 .9em}
+.dot{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin:0 .3em 0 .9em}
 dt{font-weight:bold;float:left;clear:left;width:8em}dd{margin-left:9em}
 """
 
@@ -93,6 +93,8 @@ def as_page(title: str, films: Sequence[Film]) -> str:
     parts = ["<h2>What stands out</h2>", f"<ul>{''.join(named)}</ul>" if named else "<p>Nothing.</p>"]
     if len(colours) > 1:
         parts += [f"<i class=dot style='background:{colours[name]}'></i>{html.escape(name)}" for name in colours]
+    if any(film.kind or film.variant for film in films):
+        parts.append(_overview(films))
     for kind, members in _grouped(films, "kind").items():
         parts.append(f"<h2>{html.escape(kind or 'Pictures and figures')}</h2>")
         parts += [_strip(film) for film in members]
@@ -150,12 +152,20 @@ def _table(films: Sequence[Film]) -> tuple[list[str], list[list[str]]]:
     return ["", "", *(f"{start:g} s" for start in starts), "change"], rows
 
 
+def _overview(films: Sequence[Film]) -> str:
+    """Means over all films and times, a line for each class and variant."""
+    names = [name for name in _names(films) if name in FIGURES]
+    rows = []
+    for kind, members in _grouped(films, "kind").items():
+        for variant, group in _grouped(members, "variant").items():
+            means = (_mean(group, name) for name in names)
+            rows.append([kind, variant, *("" if mean is None else f"{mean:.3g}" for mean in means)])
+    return _as_html(["", "", *names], rows)
+
+
 def _as_html(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head)]
-    for row in rows:
-        much = row[-1] and abs(float(row[-1])) > figure(row[0]).step
-        cells = "".join(f"<td>{html.escape(cell)}" for cell in row[:-1])
-        lines.append(f"<tr>{cells}<td{' class=much' * bool(much)}>{row[-1]}")
+    lines = ["<tr>" + "".join(f"<th>{cell}" for cell in head)]
+    lines += ["<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows]
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -183,11 +193,11 @@ def _plot(name: str, films: Sequence[Film], colours: dict[str, str], width: int 
     values = [value for _, line in lines for _, value in line]
     spread = max(max(values) - min(values), 2 * figure(name).step)
     low = (max(values) + min(values)) / 2 - 0.6 * spread
-    last = max(max(start for _, line in lines for start, _ in line), 1e-9)
+    last = max(start for _, line in lines for start, _ in line)
     left, top, right, bottom = 42, 40, width - 12, height - 24
 
     def at(start: float, value: float) -> str:
-        x = left + (right - left) * math.log1p(start) / math.log1p(last)
+        x = left + (right - left) * math.log1p(start) / math.log1p(max(last, 1))
         return f"{x:.1f},{bottom - (bottom - top) * (value - low) / (1.2 * spread):.1f}"
 
     drawn = []
@@ -197,12 +207,13 @@ def _plot(name: str, films: Sequence[Film], colours: dict[str, str], width: int 
         path = f"<polyline fill='none' stroke-width='1.6' points='{' '.join(points)}'/>"
         colour = colours[film.variant]
         drawn.append(f"<g stroke='{colour}' fill='{colour}'><title>{html.escape(film.name)}</title>{path}{spots}</g>")
+    end = f"{last:g} s" if last else ""
     small = "font-size='10' fill='#666'"
     return (
         f"<svg width='{width}' height='{height}'><text x='8' y='16' font-weight='bold' font-size='13'>{name}</text>"
         f"<text x='8' y='30' {small}>{html.escape(figure(name).meaning)}</text>"
         f"<text x='4' y='{top + 8}' {small}>{low + 1.2 * spread:.3g}</text><text x='4' y='{bottom}' {small}>{low:.3g}"
         f"</text><text x='{left}' y='{height - 6}' {small}>0 s</text><text x='{right}' y='{height - 6}' {small} "
-        f"text-anchor='end'>{last:g} s</text><path d='M{left} {top}V{bottom}H{right}' fill='none' stroke='#bbb'/>"
+        f"text-anchor='end'>{end}</text><path d='M{left} {top}V{bottom}H{right}' fill='none' stroke='#bbb'/>"
         f"{''.join(drawn)}</svg>"
     )
