@@ -7,10 +7,12 @@ Pages are told what is new a few times a second, only while something runs, and 
 """
 
 import asyncio
+import logging
 import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from types import TracebackType
 
 import comfy.model_management
@@ -18,15 +20,18 @@ from aiohttp import web
 from server import PromptServer
 
 from liveavatar_core.pipeline.hold import Hold
-from liveavatar_core.pipeline.monitor import Monitor, Span
+from liveavatar_core.pipeline.monitor import Span
 from liveavatar_core.pipeline.plan import Plan
 
 from . import host, live
 from .types import Avatar
 
+log = logging.getLogger(__name__)
+
 EVENT = "liveavatar.pipeline"  # on the host's websocket, with a report
 SECONDS_BETWEEN_REPORTS = 0.25
 SECONDS_BETWEEN_IDEALS = 10.0  # the work of tens of milliseconds, for eight stages
+SPANS_IN_IDEAL = 1000  # latest ones, whose medians it takes
 SECONDS_OF_SPANS = 120.0  # that a page is told when it comes
 
 _run: "Run | None" = None
@@ -43,12 +48,16 @@ class Run:
         self.hold = Hold()
         loading = host.bytes_progress(lambda percent: host.say(node, f"loading the model: {percent} %"))
         self.latents = avatar.stream.latents(host.should_stop, loading, self.hold)
-        self.ended = False
+        self._end: float | None = None
         self._begun = time.perf_counter()
         self._first: float | None = None  # when the first frames were there
         self._blocks = 0
         self._problem = ""
         self._ideal: tuple[list[Span], float] | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._end is not None
 
     def block(self) -> None:
         """Another block's frames are there."""
@@ -59,7 +68,8 @@ class Run:
     def __enter__(self) -> "Run":
         global _run
         _run = self
-        asyncio.run_coroutine_threadsafe(self._tell_while_running(), PromptServer.instance.loop)
+        telling = asyncio.run_coroutine_threadsafe(self._tell_while_running(), PromptServer.instance.loop)
+        telling.add_done_callback(_complain)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -69,7 +79,7 @@ class Run:
             self._problem = str(error) or repr(error)
         elif self.hold.stopped and self._blocks < self.avatar.stream.blocks:
             _cut_short[self.node] += 1
-        self.ended = True
+        self._end = time.perf_counter()
 
     async def _tell_while_running(self) -> None:
         told, planned, next_ideal = 0, False, 0.0
@@ -93,7 +103,7 @@ class Run:
     def report(self, told: int) -> dict:
         """What changes all the time, with the spans after the first `told`."""
         avatar, monitor = self.avatar, self.avatar.stream.monitor
-        now, seen = time.perf_counter(), monitor.snapshot()
+        now, seen = self._end or time.perf_counter(), monitor.snapshot()
         count, spans = monitor.since(told)
         spans = [span for span in spans if span.end > now - SECONDS_OF_SPANS]
         return {
@@ -145,8 +155,7 @@ class Run:
     def _find_ideal(self, plan: Plan) -> dict:
         from liveavatar_core.pipeline.timeline import steady
 
-        monitor: Monitor = self.avatar.stream.monitor
-        self._ideal = steady(plan, monitor.spans[-1000:])
+        self._ideal = steady(plan, self.avatar.stream.monitor.spans[-SPANS_IN_IDEAL:])
         return self._shown_ideal()
 
     def _shown_ideal(self) -> dict:
@@ -160,6 +169,11 @@ def _packed(spans: Sequence[Span], origin: float) -> list[list]:
         [span.stage, span.kind, span.block, span.step, round(span.begin - origin, 4), round(span.end - origin, 4)]
         for span in spans
     ]
+
+
+def _complain(telling: Future) -> None:
+    if not telling.cancelled() and telling.exception():
+        log.error("Live Avatar: the pipeline panel is told nothing more of this run", exc_info=telling.exception())
 
 
 def cut_short(node: str | None) -> int:

@@ -96,6 +96,26 @@ def test_a_stopped_run_is_a_success_and_not_taken_for_the_whole(server) -> None:
     assert statuses == [204, 405]
 
 
+def test_a_paused_run_can_be_cancelled(server) -> None:
+    known = {state["id"] for state in streams(server)}
+
+    async def run():
+        async with Client(server.url) as client, aiohttp.ClientSession(server.url) as session:
+            running = asyncio.create_task(client.run(film(AudioEncoder__seconds=SECONDS)))
+            state = await new_stream(session, known, 0.0)
+            assert await act(session, state, "pause") == 204
+            await settled(session)
+            await client.interrupt()
+            with pytest.raises(WorkflowFailed, match="interrupted"):
+                await running
+
+    asyncio.run(asyncio.wait_for(run(), SECONDS_TO_WAIT))
+    report = json.loads(ask(f"{server.url}/liveavatar/pipeline")[2])
+    assert report["ended"] and not report["paused"] and report["problem"] == "cancelled"
+    assert json.loads(ask(f"{server.url}/liveavatar/pipeline")[2])["now"] == report["now"], "its time is over"
+    assert report["blocks"] < BLOCKS
+
+
 def test_errors_are_reported_in_words(server, run_workflow) -> None:
     with pytest.raises(WorkflowFailed, match="plan 2x2 is for 4 devices"):
         run_workflow(with_plan(film(AudioEncoder__seconds=0.5), "cpu, cpu", "2x2"))
