@@ -11,7 +11,7 @@ const [url, folder, ...languages] = process.argv.slice(2)
 const MARGIN = 40
 const QUALITY = 85 // of a JPEG
 
-const RUN = ['decode', 'line', 'plan'] // and what they need
+const RUN = ['decode', 'line', 'plan', 'evaluate'] // and what they need
 // Name: [type, column, row, widgets, inputs as "socket": "name.output"]
 const GRAPH = {
   demo: ['LiveAvatar_DemoLoader', 0, 0],
@@ -30,6 +30,7 @@ const GRAPH = {
   frames: ['LiveAvatar_DecodeFrames', 3, 1, {}, { stream: 'sampler.stream', vae: 'demo.vae' }],
   save: ['CreateVideo', 4, 1, {}, { images: 'frames.images', audio: 'frames.audio', fps: 'frames.fps' }],
   line: ['LiveAvatar_TimeLine', 4, 0, {}, { stream: 'sampler.stream', after: 'decode.video' }],
+  evaluate: ['LiveAvatar_Evaluate', 4, 3, { mouth: '40, 36, 56, 48' }, { video: 'decode.video', image: 'little.image' }],
   unload: ['LiveAvatar_Unload', 4, 2, {}, { after: 'decode.video' }],
   bench: ['LiveAvatar_Benchmark', 3, 2, { size: '384*256', blocks: 13 }, { model: 'demo.model', vae: 'demo.vae', audio_encoder: 'demo.audio_encoder' }],
   loader: ['LiveAvatar_ModelLoader', 0, 4, { model_name: 'wan2.2_s2v_14B_bf16.safetensors', lora_name: 'liveavatar.safetensors' }],
