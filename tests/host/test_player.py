@@ -168,19 +168,18 @@ def test_it_plays_to_the_end_without_a_gap(seen) -> None:
         ((begin, until),) = end["buffered"]  # one range: no gap
         assert begin == 0 and until == pytest.approx(6, abs=0.05)
         assert end["sound"] > 0 and end["line"] == "6.0 s"
-    times = [frame["at"] for frame in seen["frames"]]
-    assert times == sorted(set(times)), "a picture came twice, or back"
+    assert seen["shown"] == sorted(set(seen["shown"])), "a picture came twice, or back"
 
 
 def test_picture_and_sound_are_together(seen) -> None:
-    """Every second a clap. A frame is 40 ms, the screen is drawn every 17, sound is counted in pieces of 10."""
+    """Every second a clap. The screen is drawn every 17 ms, and the browser's sound comes in pieces of 10."""
     white = [frame for frame in seen["frames"] if frame["white"]]
     offsets = []
     for heard in seen["sounds"]:
         frame = min(white, key=lambda frame: abs(frame["shown"] - heard))
         into_the_clap = 1000 * (frame["at"] % 1)
         offsets.append(heard - (frame["shown"] - into_the_clap))
-    assert len(offsets) >= 5
+    assert len(offsets) >= 8
     assert abs(statistics.median(offsets)) <= 40, offsets
     print(f"sound after picture: {statistics.median(offsets):.0f} ms, {min(offsets):.0f} to {max(offsets):.0f}")
 
@@ -194,7 +193,7 @@ def test_who_comes_late_joins_near_the_end(seen) -> None:
 def test_it_seeks_in_what_there_is(seen) -> None:
     assert seen["beyond"] == pytest.approx(1.28, abs=0.01), "it went where nothing is yet"
     assert seen["paused"] == seen["beyond"], "it played on"
-    assert seen["back"] == pytest.approx(1, abs=0.01)
+    assert seen["back"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_it_saves_the_video_so_far(seen) -> None:

@@ -35,14 +35,13 @@ result.problems = [...classic.problems, ...vue.problems, ...closed.problems]
 await browser.close()
 console.log(JSON.stringify(result))
 
-/** Begins with the first block; a second page joins, seeks, pauses, and is reloaded; both see the end. */
+/** Begins with the first block; a second page joins, seeks, pauses, and is reloaded; both see the end, one twice. */
 async function longFilm() {
-  const seconds = 6
   await classic.page.evaluate(() => seen.watchClaps())
   await classic.page.evaluate(() => {
     app.api.addEventListener('liveavatar.stream', ({ detail }) => detail.ready && (seen.told ??= performance.now()))
   })
-  const film = await openFilm({ node, seconds, width: 320, height: 240 })
+  const film = await openFilm({ node, seconds: 6, width: 320, height: 240 })
   await film.write(1)
   await until(classic.page, () => seen.begun)
   const begun = await classic.page.evaluate(() => ({ ...seen.begun, after: seen.begun.clock - seen.told }))
@@ -70,9 +69,13 @@ async function longFilm() {
   await film.close()
   const ends = await Promise.all([classic.page, vue.page].map(theEnd))
   await vue.page.screenshot({ path: join(shots, 'player-vue-ended.png') })
-  const back = await seek(classic.page, 1)
+  const shown = await classic.page.evaluate(() => seen.frames.map(({ at }) => at))
+  const back = await seek(classic.page, 0.5)
+  await anew(classic.page)
+  await classic.page.evaluate(() => void seen.video.play()) // a second time, while nothing else goes on
+  await theEnd(classic.page)
   const { frames, sounds } = await classic.page.evaluate(() => seen)
-  return { seconds, id: film.id, begun, line, saved, joined, beyond, paused, again, ends, back, frames, sounds }
+  return { begun, line, saved, joined, beyond, paused, again, ends, shown, back, frames, sounds }
 }
 
 /** A page without a way to feed a video, one that may not be fed, and one that can do neither; a node goes meanwhile. */
