@@ -11,6 +11,7 @@ from liveavatar_core.geometry import sample_at
 MAX_LAG = 10  # frames
 _MOUTH = (16, 24)  # height and width to which mouths are brought
 _NUDGES = (-2, -1, 0, 1, 2)  # px of that, by which a mouth may be beside its box
+_VOWELS = 400, 1200  # Hz
 _FLOOR = 1e-3  # of full scale; quieter is silence
 
 
@@ -59,12 +60,17 @@ def _middle(pictures: Tensor) -> Tensor:
 
 
 def loudness(samples: Tensor, rate: int, frames: int, fps: int) -> Tensor:
-    """samples (N,) mono -> (frames,): level of the sound while each frame is shown, 0 for silence, logarithmic."""
+    """samples (N,) mono -> (frames,) from 0: how loud vowels are while each frame is shown, logarithmic, by their
+    own height. A hiss is loud with the mouth shut, so only the band counts in which open mouths are loud."""
+    spectrum, pitches = torch.fft.rfft(samples), torch.fft.rfftfreq(len(samples), 1 / rate)
+    low, high = _VOWELS
+    heard = torch.fft.irfft(spectrum * ((pitches > low) & (pitches < high)), n=len(samples))
     levels = []
     for frame in range(frames):
-        part = samples[sample_at(frame, fps, rate) : sample_at(frame + 1, fps, rate)]
+        part = heard[sample_at(frame, fps, rate) : sample_at(frame + 1, fps, rate)]
         levels.append(part.square().mean().sqrt() if len(part) else samples.new_zeros(()))
-    return torch.log1p(torch.stack(levels) / _FLOOR)
+    level = torch.stack(levels)
+    return torch.log1p(level / (0.2 * level.max() + _FLOOR))
 
 
 def agreement(mouth: Tensor, speech: Tensor, max_lag: int = MAX_LAG) -> Sync:
