@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent.parent
-BLOCKS_PER_TURN = 5
+BLOCKS_TO_SETTLE, BLOCKS_PER_TURN = 3, 5  # what a viewer's sockets hold is sent at once, and is not what is asked for
 BLOCKS_BEFORE = 12  # megabytes, more than the sockets between server and viewer hold
 PIECE, PAUSE = 512, 0.1  # bytes that the slow viewer reads, and seconds until it reads again
 
@@ -33,17 +33,19 @@ def measure(url: str, turns: int, width: int = 320, height: int = 240) -> dict:
             return json.load(answer)
 
     name = film("open", node="", seconds=1000, width=width, height=height)["id"]
-    film("write", id=name, blocks=BLOCKS_BEFORE)
+    before = sum(film("write", id=name, blocks=BLOCKS_BEFORE))
     took: dict[bool, list[float]] = {False: [], True: []}
     for turn in range(2 * turns):
         watched = turn % 2 == 1
         with slow_viewers(url, name) if watched else contextlib.nullcontext():
+            settling = film("write", id=name, blocks=BLOCKS_TO_SETTLE)
             took[watched] += film("write", id=name, blocks=BLOCKS_PER_TURN)
+            before += sum(settling)
     film("close", id=name)
     with urllib.request.urlopen(f"{url}/liveavatar/stream/{name}.mp4") as answer:
         size = len(answer.read())
     alone, watched = (statistics.median(took[key]) for key in (False, True))
-    speed = size / sum(map(sum, took.values()), BLOCKS_BEFORE * alone)  # bytes a second, at which the film is made
+    speed = size / sum(map(sum, took.values()), before)  # bytes a second, at which the film is made
     return {
         "seconds_per_block": alone,
         "with_slow_viewers": watched,
