@@ -42,6 +42,7 @@ _runtime: "Runtime | None" = None
 _streams: "OrderedDict[str, LatentStream]" = OrderedDict()
 _vaes: "OrderedDict[str, WanVAE | TinyVAE]" = OrderedDict()
 _footprints: "dict[str, Footprint]" = {}
+atexit.register(_footprints.clear)  # they call back when they die; later there would be nobody to answer
 _reserving = False
 
 
