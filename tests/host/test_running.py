@@ -170,7 +170,7 @@ def test_the_object_info_is_complete(server: Comfy):
     """Every input has a tooltip or speaks for itself, and every node says what it does."""
     with urllib.request.urlopen(f"{server.url}/object_info") as answer:
         info = {name: node for name, node in json.load(answer).items() if name.startswith("LiveAvatar_")}
-    assert len(info) == 14
+    assert len(info) == 16
     for name, node in info.items():
         assert node["description"], name
         assert node["category"] == "Live Avatar"

@@ -14,6 +14,8 @@ for (const language of ['zh', 'en']) {
   await reopen(page, { 'Comfy.Locale': language })
   seen[language] = await openHelp(language)
 }
+// The host remembers that this panel is open, and would open it in other tests' pages.
+await page.evaluate(() => app.extensionManager.setting.set('Comfy.RightSidePanel.IsOpen', false))
 await close()
 console.log(JSON.stringify({ ...seen, problems }))
 
