@@ -20,7 +20,7 @@ from io import RawIOBase
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from liveavatar_core.client.workflow import Progress, Workflow, find, patch, read, typed
+from liveavatar_core.client.workflow import Progress, Workflow, patch, read, settings
 from liveavatar_core.errors import InputError, LiveAvatarError, OutputError
 
 if TYPE_CHECKING:
@@ -88,21 +88,16 @@ async def make(options: argparse.Namespace) -> int:
                 await run.watched()
 
 
-async def with_values(client: "Client", workflow: Workflow, settings: Sequence[str]) -> Workflow:
+async def with_values(client: "Client", workflow: Workflow, typed_in: Sequence[str]) -> Workflow:
     """The workflow with what --set says; files go to the server first."""
-    for setting in settings:
-        address, equals, text = setting.partition("=")
-        node, dot, name = address.partition(".")
-        if not (equals and dot):
-            raise InputError(f"--set {setting} is not NODE.INPUT=VALUE, as in LoadImage.image=face.png")
-        for node_id in find(workflow, node):
-            value = typed(workflow, node_id, name, text)
-            path = Path(text).expanduser()
-            if path.is_file() and await client.takes_file(workflow[node_id]["class_type"], name):
-                value = await client.upload(path)
-                say(f"uploaded {value}")
-            workflow = patch(workflow, {(node_id, name): value})
-    return workflow
+    values: dict[tuple[str, str], object] = {}
+    for node_id, name, text, value in settings(workflow, typed_in):
+        path = Path(text).expanduser()
+        if path.is_file() and await client.takes_file(workflow[node_id]["class_type"], name):
+            value = await client.upload(path)
+            say(f"uploaded {value}")
+        values[node_id, name] = value
+    return patch(workflow, values)
 
 
 class Run:

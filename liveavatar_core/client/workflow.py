@@ -1,7 +1,7 @@
 """Workflows in API form: read from a file, changed, and followed while they run. Needs no server."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from liveavatar_core.errors import InputError
@@ -44,6 +44,17 @@ def find(workflow: Workflow, name: str) -> list[str]:
 
 def short(class_type: str) -> str:
     return class_type.removeprefix(OURS)
+
+
+def settings(workflow: Workflow, typed_in: Sequence[str]) -> Iterator[tuple[str, str, str, object]]:
+    """(node id, input, text, the text as the input's value) of every NODE.INPUT=VALUE, for every node it names."""
+    for setting in typed_in:
+        address, equals, text = setting.partition("=")
+        node, dot, name = address.partition(".")
+        if not (equals and dot):
+            raise InputError(f"--set {setting} is not NODE.INPUT=VALUE, as in LoadImage.image=face.png")
+        for node_id in find(workflow, node):
+            yield node_id, name, text, typed(workflow, node_id, name, text)
 
 
 def typed(workflow: Workflow, node_id: str, name: str, text: str) -> object:

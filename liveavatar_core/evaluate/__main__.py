@@ -17,8 +17,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from liveavatar_core.client.workflow import Workflow, find, patch, read, typed
-from liveavatar_core.errors import InputError, LiveAvatarError
+from liveavatar_core.client.workflow import patch, read, settings
+from liveavatar_core.errors import LiveAvatarError
 from liveavatar_core.evaluate.cases import ABLATIONS, cases
 from liveavatar_core.evaluate.make import make
 from liveavatar_core.evaluate.measure import TIMES, measure_video
@@ -81,7 +81,8 @@ def one_film(options: argparse.Namespace) -> list[Film]:
 
 
 def set_of_films(options: argparse.Namespace) -> list[Film]:
-    workflow = with_values(read(options.workflow), options.set)
+    workflow = read(options.workflow)
+    workflow = patch(workflow, {(node_id, name): value for node_id, name, _, value in settings(workflow, options.set)})
     wanted = cases(workflow, options.pictures, options.sounds, options.prompts, options.out, options.ablation)
     pictures = {picture: known(picture) for picture in dict.fromkeys(case.picture for case in wanted)}
     asyncio.run(make(wanted, options.server, say))
@@ -95,17 +96,6 @@ def set_of_films(options: argparse.Namespace) -> list[Film]:
     if not films:
         raise LiveAvatarError("none of the videos could be made; the reasons are above")
     return films
-
-
-def with_values(workflow: Workflow, settings: Sequence[str]) -> Workflow:
-    for setting in settings:
-        address, equals, text = setting.partition("=")
-        node, dot, name = address.partition(".")
-        if not (equals and dot):
-            raise InputError(f"--set {setting} is not NODE.INPUT=VALUE, as in AudioEncoder.seconds=10")
-        for node_id in find(workflow, node):
-            workflow = patch(workflow, {(node_id, name): typed(workflow, node_id, name, text)})
-    return workflow
 
 
 def known(path: Path, mouth: Sequence[float] | None = None) -> tuple[Tensor, Places]:
