@@ -21,6 +21,7 @@ from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.runtime.memory import (
     AREAS,
     ESTIMATED,
+    GAPS,
     GIB,
     HOST,
     OUTSIDE,
@@ -28,6 +29,7 @@ from liveavatar_core.runtime.memory import (
     MemoryPlan,
     VaeSize,
     alternatives,
+    asked,
     check,
     fit,
     plan_memory,
@@ -308,8 +310,19 @@ def test_a_card_that_stages_share_streams_nothing():
 
 def test_the_cap_leaves_the_host_alone():
     free = {"cuda:0": 70 * GIB, "cuda:1": 10 * GIB, HOST: 100 * GIB}
-    assert room(free, None) == free
-    assert room(free, 24) == {"cuda:0": 24 * GIB - OUTSIDE, "cuda:1": 10 * GIB, HOST: 100 * GIB}
+    part = 1 - GAPS
+    for vram, first in ((None, 70 * GIB), (24, 24 * GIB - OUTSIDE)):
+        wanted = {"cuda:0": first * part, "cuda:1": 10 * GIB * part, HOST: 100 * GIB}
+        assert room(free, vram) == pytest.approx(wanted, abs=1)
+
+
+@pytest.mark.parametrize("vram", [None, 24])
+def test_what_is_asked_of_the_host_is_room_enough(vram):
+    memory = planned("fp8")
+    wanted = asked(memory, vram)
+    assert memory.on("cuda:0") < wanted["cuda:0"] or vram
+    whole = fit(memory, room(wanted, vram))
+    assert whole.fits(room(wanted, vram)) and bool(whole.plan.stages[0].offload) == (vram is not None)
 
 
 def rooms(free: dict[str, int], fitting: MemoryPlan) -> dict[str, int]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 
@@ -20,6 +21,7 @@ from liveavatar_core.pipeline.links import Lane, Mark, carry, each, lanes
 from liveavatar_core.pipeline.monitor import Gauges, Monitor
 from liveavatar_core.pipeline.plan import PREFILL, Plan, StageSpec
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.pipeline.stage_threads import start
 from liveavatar_core.pipeline.worker import POLL, Waiting, Worker
 from liveavatar_core.types import BlockRequest, Payload
 
@@ -31,7 +33,7 @@ PATIENCE_AT_THE_END = 2.0  # seconds that a stage in the middle of a hop may tak
 
 
 class ThreadedPipeline:
-    """Runs one stream. Use as a context manager: threads live inside the `with`."""
+    """Runs one stream. Use as a context manager: stages run inside the `with`."""
 
     def __init__(self, plan: Plan, stages: Sequence[Stage], monitor: Monitor | None = None) -> None:
         self.plan = plan
@@ -39,7 +41,7 @@ class ThreadedPipeline:
         self._changed = threading.Condition()
         self._results: deque[tuple[int, Tensor, Mark]] = deque()
         self._failure: StageError | None = None
-        self._left = False  # by the driver, with threads still in the middle of a hop
+        self._left = False  # by the driver, with stages still in the middle of a hop
         self._workers = [
             Worker(
                 stage,
@@ -52,38 +54,31 @@ class ThreadedPipeline:
             for stage, lane in zip(stages, lanes([stage.device for stage in stages]), strict=True)
         ]
         self._driver = Lane(torch.device("cpu"))
-        self._threads = [
-            threading.Thread(target=self._work, args=(worker,), name=f"liveavatar-stage-{i}")
-            for i, worker in enumerate(self._workers)
-        ]
+        self._running: list[Future] = []  # one per worker
 
     def __enter__(self) -> "ThreadedPipeline":
-        for worker, thread in zip(self._workers, self._threads, strict=True):
+        for i, worker in enumerate(self._workers):
             worker.lane.follow_caller()  # the stages were made on its streams
-            thread.start()
+            self._running.append(start(i, partial(self._work, worker)))
         self.monitor.watch(self._gauges)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop at the next hop and wait for the threads, but not for long."""
+        """Stop at the next hop and wait for the stages, but not for long."""
         self._close()
         self.monitor.watch(Gauges)
         self._left = not self.ended(PATIENCE_AT_THE_END)
-        for worker, thread in zip(self._workers, self._threads, strict=True):
-            if thread.is_alive():
-                log.warning("%s is still in the middle of a hop; its memory stays taken until that ends", thread.name)
+        for i, (worker, running) in enumerate(zip(self._workers, self._running, strict=True)):
+            if not running.done():
+                log.warning("stage %d is still in the middle of a hop; its memory stays taken until that ends", i)
             with suppress(StageError, RuntimeError):  # whatever it is, the stream is over
                 worker.lane.release_to_caller()
                 worker.settle()
         self._workers.clear()  # they know us: without this only the garbage collector could free a stage's memory
 
     def ended(self, timeout: float) -> bool:
-        """Whether all threads end within `timeout` seconds; in the middle of a hop they still use the model."""
-        deadline = time.perf_counter() + timeout
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(max(0.0, deadline - time.perf_counter()))
-        return not any(thread.is_alive() for thread in self._threads)
+        """Whether all stages end within `timeout` seconds; in the middle of a hop they still use the model."""
+        return not wait(self._running, timeout).not_done
 
     def prefill(self, version: int, reference: Tensor, motion: Tensor) -> None:
         """Compute a version of the attention sink on every stage. Blocks that look at it wait for it by themselves."""

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from math import ceil, inf
 
 import torch
 
@@ -27,8 +28,10 @@ from liveavatar_core.weights.build import empty_dit, planned_dit, work_dtype
 GIB = 1024**3
 HOST = "host"  # stands where a device would
 FLOAT32 = 4  # bytes
-# Of a card's memory, what is not ours to plan: CUDA's context, 0.5 GiB, its libraries, and gaps of the allocator.
+# Of a card's memory, what is never free: CUDA's context, 0.5 GiB, and its libraries.
 OUTSIDE = GIB
+# Of what is free on a card, what gaps of the allocator may take: 1.5 GiB on an H100 that was filled to the brim.
+GAPS = 0.02
 BUS = 25e9  # bytes a second from host memory, for an estimate: PCIe 4 with 16 lanes
 AREAS = (704 * 384, 688 * 368, 384 * 256)  # pixels of the sizes on offer, largest first
 LARGEST_RING = 8  # devices; more than one machine has is no advice
@@ -228,10 +231,23 @@ def _vae_bytes(geometry: Geometry, device: str, vae: VaeSize) -> dict[str, int]:
 
 def room(free: Mapping[str, int], vram: float | None) -> dict[str, int]:
     """What may be planned of the bytes that are there. `vram` as in RuntimeSpec."""
-    if vram is None:
-        return dict(free)
-    most = max(0, int(vram * GIB) - OUTSIDE)
-    return {device: min(nbytes, most) if _is_gpu(device) else nbytes for device, nbytes in free.items()}
+    most = _most(vram)
+    return {
+        device: int((1 - GAPS) * min(nbytes, most)) if _is_gpu(device) else nbytes for device, nbytes in free.items()
+    }
+
+
+def asked(memory: MemoryPlan, vram: float | None) -> dict[str, int]:
+    """Bytes that must be free on each device, so that the plan has room, or as much of it as `vram` allows."""
+    most = _most(vram)
+    return {
+        device: min(ceil(memory.on(device) / (1 - GAPS)), most) if _is_gpu(device) else memory.on(device)
+        for device in memory.devices
+    }
+
+
+def _most(vram: float | None) -> float:
+    return inf if vram is None else max(0, int(vram * GIB) - OUTSIDE)
 
 
 def fit(memory: MemoryPlan, free: Mapping[str, int]) -> MemoryPlan:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import wait
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -29,6 +30,7 @@ from liveavatar_core.pipeline.links import Lane, Mark, carry, each, lanes
 from liveavatar_core.pipeline.monitor import Monitor, Span
 from liveavatar_core.pipeline.plan import PREFILL, Plan, StageSpec
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.pipeline.stage_threads import start
 from liveavatar_core.pipeline.worker import POLL, Waiting, Worker
 from liveavatar_core.types import Payload
 from liveavatar_core.weights.build import load_dit, work_dtype
@@ -175,8 +177,7 @@ class StageProcess:
         self._incoming = [
             Incoming(link, self._worker, self._changed, self._lost) for link in self._links if link.target == index
         ]
-        self._thread = threading.Thread(target=self._work, name=f"liveavatar-stage-{index}")
-        self._thread.start()
+        self._running = start(index, self._work)
         return self._streams
 
     def give(self, stream: int, payload: Payload) -> None:
@@ -212,10 +213,10 @@ class StageProcess:
         for outgoing in self._outgoing.values():
             outgoing.end()
         deadline = time.perf_counter() + ENDING
-        self._thread.join(ENDING)
+        wait([self._running], ENDING)
         ended = [end.join(deadline) for end in (*self._outgoing.values(), *self._incoming)]
         self._worker.lane.release_to_caller()
-        return all(ended) and not self._thread.is_alive()
+        return all(ended) and self._running.done()
 
     # ---- inside
 

@@ -30,6 +30,7 @@ from liveavatar_core.runtime.memory import (
     HOST,
     OUTSIDE,
     MemoryPlan,
+    asked,
     check,
     fit,
     plan_memory,
@@ -231,7 +232,7 @@ class Runtime:
     def _make_room(self, memory: MemoryPlan, vram: float | None) -> Plan:
         """Ask the host for what the plan takes beyond the weights already here, then fit it into what is there."""
         held = self.nbytes
-        wanted = room({device: memory.on(device) for device in memory.devices}, vram)
+        wanted = asked(memory, vram)
         for device, nbytes in wanted.items():
             self._reserve(device, nbytes - held.get(device, 0))
         found = self._free([*memory.devices, HOST])
@@ -244,9 +245,9 @@ class Runtime:
         log.info("memory plan\n%s", table(fitted, free))
         check(fitted, free)
         self._fitted, self.memory = {(memory, vram): fitted}, fitted
-        for device in fitted.devices:
-            if fitted.on(device) < wanted[device]:
-                self._reserve(device, fitted.on(device) - held.get(device, 0))
+        for device, nbytes in asked(fitted, vram).items():
+            if nbytes < wanted[device]:
+                self._reserve(device, nbytes - held.get(device, 0))
         return fitted.plan
 
     def _load(

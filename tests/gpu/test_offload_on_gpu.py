@@ -60,7 +60,7 @@ def test_locked_memory_goes_back():
 
 def test_more_than_there_is():
     with pytest.raises(PlanError, match=r"^main memory gives 0\.0 GiB to stream from and no more \("):
-        HostMemory(torch.device("cuda", 0)).empty((2**46,), torch.uint8)
+        HostMemory(torch.device("cuda", 0)).empty((2**48,), torch.uint8)
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
