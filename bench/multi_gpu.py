@@ -126,6 +126,7 @@ def cards() -> list[torch.device]:
 
 
 def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int) -> tuple[dict, Plan, Run]:
+    runtime.unload()  # so that the peak is this plan's alone
     for card in cards():
         torch.cuda.reset_peak_memory_stats(card)
     started = time.perf_counter()

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 
@@ -242,12 +243,12 @@ class Lost(Mark):
         return False
 
 
-def test_a_link_that_stalls_is_named(parts, inputs):
-    conditioning, _ = inputs
+def worker_of(parts, inputs) -> Worker:
+    """Of a stage in the middle of a ring that nothing else is connected to."""
     spec = PLANS[3].stages[1]
     with torch.inference_mode():
-        stage = Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, conditioning.text)
-    worker = Worker(
+        stage = Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, inputs[0].text)
+    return Worker(
         stage,
         Lane(torch.device("cpu")),
         Monitor(),
@@ -255,6 +256,31 @@ def test_a_link_that_stalls_is_named(parts, inputs):
         has_room=lambda payload: True,
         pass_on=lambda payload, computed, expected: None,
     )
+
+
+class Late(Mark):
+    """A copy that arrives after a while."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._there = time.perf_counter() + seconds
+
+    @property
+    def passed(self) -> bool:
+        return time.perf_counter() >= self._there
+
+
+def test_no_block_overtakes_an_older_one_at_its_step(parts, inputs):
+    """However wrong the estimates are: the older one was due long ago, the younger one is there."""
+    worker = worker_of(parts, inputs)
+    worker.stage._sinks[0] = {}
+    for block, arrived in ((6, Late(0.2)), (7, Mark())):
+        worker.put(Waiting(Payload(block=block, step=1, sink=0), 0, arrived, 0.0))
+    assert [worker._take().payload.block for _ in range(2)] == [6, 7]
+
+
+def test_a_link_that_stalls_is_named(parts, inputs):
+    worker = worker_of(parts, inputs)
     worker.put(Waiting(Payload(block=7, step=1, sink=0), 0, Lost(), 0.0))
     worker.check_time(limit=1000.0)
     with pytest.raises(StageError, match="stage 1 failed at block 7, step 1: what it works on has not arrived within"):

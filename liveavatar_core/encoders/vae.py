@@ -7,6 +7,7 @@ DiT, clips, or where pixels go.
 
 import pickle
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from liveavatar_core.errors import WeightsError
 from liveavatar_core.geometry import FRAMES_PER_LATENT, LATENTS_PER_BLOCK
 
 LEVELS = 4  # resolutions of encoder and decoder; the names in every published file assume four
+FIRST, BESIDE = -1, 0  # priorities: somebody waits for frames, and they need little; nobody waits for priming
 BLOCKS_PER_LEVEL = 2  # residual blocks of one encoder level, followed by its down-sampling
 
 
@@ -90,23 +92,58 @@ class StreamDecoder:
 
     def __init__(self, vae: WanVAE) -> None:
         self.vae = vae
+        self._priming: Future | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forget the past and free its memory; the next latent starts a new sequence."""
+        self._primed()
         self._past: Past = {}
 
     def prime(self, motion: Tensor) -> None:
-        """Feed (16, n, h, w) past latents whose pixels nobody needs. Does not wait for the device."""
-        with self._aside(motion):
+        """Feed (16, n, h, w) past latents whose pixels nobody needs.
+
+        Does not wait for the device, nor for itself: on a GPU a thread of its own launches it, behind what the caller
+        has queued so far and beside whatever comes next. Its errors are raised by the next call.
+        """
+        self._primed()
+        device = self.vae.device
+        if device.type == "cuda":
+            self._priming = _thread(device).submit(
+                self._prime, motion, torch.cuda.current_stream(device).record_event()
+            )
+        else:
+            self._feed(motion)
+
+    def _prime(self, motion: Tensor, queued: torch.cuda.Event) -> None:
+        device = self.vae.device
+        aside, stream = _stream(device, BESIDE), _stream(device, FIRST)
+        with torch.cuda.stream(aside):
+            aside.wait_event(queued)
+            if motion.is_cuda:
+                motion.record_stream(aside)
+            self._feed(motion)
+        stream.wait_stream(aside)
+        for frames in self._past.values():
+            frames.record_stream(stream)
+
+    def _feed(self, motion: Tensor) -> None:
+        with torch.inference_mode():
             for _ in self._parts(motion):
                 pass
+
+    def _primed(self) -> None:
+        """Wait until all of it is queued."""
+        priming, self._priming = self._priming, None
+        if priming is not None:
+            priming.result()
 
     def decode(self, latents: Tensor) -> Tensor:
         """(16, F, h, w), the next latents -> (n, H, W, 3) uint8 in host memory.
 
         n is 4 F, or 4 F - 3 where the sequence begins. An error while decoding resets the stream.
         """
+        self._primed()
         with self._aside(latents) as stream:
             frames = torch.cat([_to_bytes(part) for part in self._parts(latents)])
             frames = frames.to("cpu", non_blocking=True)  # into pinned memory
@@ -118,7 +155,7 @@ class StreamDecoder:
     def _aside(self, given: Tensor) -> Iterator[torch.cuda.Stream | None]:
         """What is queued inside runs on the decoder's stream, after what the caller has queued so far."""
         device = self.vae.device
-        stream = _stream(device) if device.type == "cuda" else None
+        stream = _stream(device, FIRST) if device.type == "cuda" else None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))
             if given.is_cuda:
@@ -137,14 +174,20 @@ class StreamDecoder:
                 hidden = hidden[count:]
         except BaseException:
             # Some convolutions have moved on and some have not: no later frame could be right.
-            self.reset()
+            self._past = {}
             raise
 
 
 @cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One per device for the life of the process. It goes first: somebody waits for its frames, and it needs little."""
-    return torch.cuda.Stream(device, priority=-1)
+def _stream(device: torch.device, priority: int) -> torch.cuda.Stream:
+    """The same ones for the life of the process."""
+    return torch.cuda.Stream(device, priority=priority)
+
+
+@cache
+def _thread(device: torch.device) -> ThreadPoolExecutor:
+    """Likewise: cuDNN keeps what it has planned per thread."""
+    return ThreadPoolExecutor(1, "liveavatar-decoder")
 
 
 def _to_bytes(frames: Tensor) -> Tensor:

@@ -62,8 +62,9 @@ class Plan:
 
     @property
     def depth(self) -> int:
-        """Blocks in flight that keep every stage busy: one more is on its way, another while frames are decoded."""
-        return len(self.stages) + 2
+        """Blocks in flight that keep every stage busy: as many again as there are stages, since in a ring blocks end
+        in bunches of that size, and the next ones are asked for while the frames of these are decoded."""
+        return len(self.stages) + max(2, len(self.stages))
 
     def row_of(self, step: int) -> int:
         return next(i for i, row in enumerate(self.rows) if step in row[0].steps)

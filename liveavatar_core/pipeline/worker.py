@@ -123,7 +123,7 @@ class Worker:
             while not self.closed:
                 self.settle()
                 wake = None
-                candidates = [w for w in self.waiting if self.stage.ready(w.payload) and self._has_room(w.payload)]
+                candidates = [w for w in self._first() if self.stage.ready(w.payload) and self._has_room(w.payload)]
                 if candidates and len(self._given) < AHEAD:
                     now = time.perf_counter()
                     patience = PATIENCE * self._seconds.get(False, 0.0)
@@ -138,6 +138,17 @@ class Worker:
                     wake = LOOK
                 self._changed.wait(wake)
         return None
+
+    def _first(self) -> list[Waiting]:
+        """What waits, without blocks that have an older one before them at the same step: caches take them in order.
+
+        None can overtake on its way, but estimates can be wrong about which will be there first.
+        """
+        oldest: dict[int, int] = {}
+        for item in self.waiting:
+            at = item.payload
+            oldest[at.step] = min(at.block, oldest.get(at.step, at.block))
+        return [item for item in self.waiting if item.payload.block == oldest[item.payload.step]]
 
     def _free_at(self, now: float) -> float:
         """When the device will have finished all it was given."""

@@ -95,7 +95,8 @@ def test_graphs_change_no_bit_in_eight_bits(attention, kv_cache):
 
 @contextmanager
 def restless_neighbour():
-    """Another thread of the process that never leaves the device alone, as ComfyUI's other nodes may."""
+    """Another thread of the process that never leaves the device alone. It waits for its own stream only: CUDA refuses
+    to wait for a whole device of which a stream is being captured."""
     ended, failed = threading.Event(), []
 
     def work() -> None:
@@ -103,7 +104,7 @@ def restless_neighbour():
             while not ended.is_set():
                 x = torch.randn(512, 512, device="cuda")
                 torch.empty(2**20, pin_memory=True).copy_((x @ x).flatten()[:1])
-                torch.cuda.synchronize()
+                torch.cuda.current_stream().synchronize()
                 torch.cuda.empty_cache()
         except RuntimeError as error:
             failed.append(error)
