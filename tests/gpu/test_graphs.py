@@ -95,14 +95,14 @@ def test_graphs_change_no_bit_in_eight_bits(attention, kv_cache):
 
 @contextmanager
 def restless_neighbour():
-    """Another thread of the process that never leaves the device alone. It waits for its own stream only: CUDA refuses
-    to wait for a whole device of which a stream is being captured."""
+    """Another thread of the process that never leaves the device alone. While a stream is captured, CUDA refuses to wait
+    for the whole device and torch to draw random numbers on it, whoever asks."""
     ended, failed = threading.Event(), []
 
     def work() -> None:
         try:
             while not ended.is_set():
-                x = torch.randn(512, 512, device="cuda")
+                x = torch.ones(512, 512, device="cuda")
                 torch.empty(2**20, pin_memory=True).copy_((x @ x).flatten()[:1])
                 torch.cuda.current_stream().synchronize()
                 torch.cuda.empty_cache()
