@@ -26,10 +26,16 @@ function showFinished({ detail }) {
   players.get(node)?.giveWay();
 }
 
-/** While the player shows the video, pictures of it beside it would only be in the way. */
+/** While the player shows the video, pictures of it beside it would only be in the way; a subgraph's node keeps them. */
 function keepPreviewFromPlayer(event) {
-  if (players.get(findNode(event.detail.displayNodeId))?.replacesPreviews) event.stopImmediatePropagation();
+  const path = event.detail.displayNodeId;
+  if (!players.get(findNode(path))?.replacesPreviews) return;
+  event.stopImmediatePropagation();
+  const around = path.split(":").slice(0, -1).join(":");
+  if (around) api.dispatchCustomEvent(event.type, { ...event.detail, displayNodeId: around });
 }
+
+api.addEventListener("b_preview_with_metadata", keepPreviewFromPlayer); // now: before the frontend listens itself
 
 function addPlayer(node) {
   if (node.comfyClass !== "LiveAvatar_Decode") return;
@@ -94,9 +100,6 @@ app.registerExtension({
 
 app.registerExtension({
   name: "LiveAvatar.Decode",
-  init() {
-    api.addEventListener("b_preview_with_metadata", keepPreviewFromPlayer); // before the frontend listens itself
-  },
   setup() {
     api.addEventListener("executed", showFinished);
     api.addEventListener("liveavatar.stream", ({ detail }) => showStream(detail));

@@ -124,17 +124,19 @@ async function pressRun(page) {
     }
     for (const node of app.graph.nodes)
       for (const widget of node.widgets ?? []) widget.value = small[node.type]?.[widget.name] ?? widget.value
+    app.api.addEventListener('b_preview', () => (seen.previewed = true), { once: true }) // comes after the one with a node
     app.queuePrompt(0)
   }, Number(seed))
   const { id } = await running()
   await fetch(`${url}/liveavatar/stream/${id}/pause`, { method: 'POST' })
-  await until(page, () => seen.begun)
+  await until(page, () => seen.begun && seen.previewed)
   const begun = await page.evaluate(() => seen.begun)
+  const covered = await page.evaluate(() => seen.node in app.nodePreviewImages)
   await page.screenshot({ path: join(shots, 'player-run.png') })
   await fetch(`${url}/liveavatar/stream/${id}/resume`, { method: 'POST' })
   await until(page, () => app.nodeOutputs[seen.node] && !seen.video.hasAttribute('src'))
   await page.screenshot({ path: join(shots, 'player-finished.png') })
-  return { begun, height: await page.evaluate(() => seen.video.clientHeight) }
+  return { begun, covered, height: await page.evaluate(() => seen.video.clientHeight) }
 }
 
 /** One short film after another in the same node; what the page holds after the first tenth and after all. */
@@ -220,12 +222,10 @@ async function save(page) {
   return { name: download.suggestedFilename(), path }
 }
 
-/** Whether a preview picture of the node would get past the player. In the page. */
+/** Whether the frontend takes a preview picture of the node. In the page. */
 function previewsShown() {
-  let shown = false
-  app.api.addEventListener('b_preview_with_metadata', () => (shown = true), { once: true })
   const node = String(seen.node)
   const detail = { blob: new Blob([]), nodeId: node, displayNodeId: node, parentNodeId: node, realNodeId: node, jobId: '' }
   app.api.dispatchCustomEvent('b_preview_with_metadata', detail)
-  return shown
+  return node in app.nodePreviewImages
 }
