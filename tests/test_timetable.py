@@ -57,6 +57,14 @@ def test_no_more_than_depth_blocks_are_in_flight():
     assert all(begun[block] >= done[block - 2] for block in range(2, BLOCKS))
 
 
+def test_blocks_of_a_ring_end_apart():
+    """Four laps of a second each: not four blocks within a second and then none for three."""
+    for details in ({}, {"reanchor": 4}):
+        plan, spans = spans_of("ring", 4, depth=8, **details)
+        times = finished(plan, spans)[8:48]
+        assert max(b - a for a, b in zip(times, times[1:], strict=False)) < 2
+
+
 def test_an_older_block_on_its_way_is_waited_for_a_little():
     there, soon, late = (7, 0.0), (5, 1.04), (3, 1.5)
     assert pick([there, soon, late], now=1.0, free=1.0, patience=0.1) == (1, 1.0)

@@ -108,7 +108,9 @@ def lanes(devices: Sequence[torch.device]) -> list[Lane]:
     taken: Counter[torch.device] = Counter()
     made = []
     for device in devices:
-        made.append(Lane(device, _streams(device, taken[device]) if device.type == "cuda" else ()))
+        # A stage that others wait for is as urgent as frames (`encoders.vae`); alone it lets them go first.
+        urgency = -1 if len(devices) > 1 else 0
+        made.append(Lane(device, _streams(device, taken[device], urgency) if device.type == "cuda" else ()))
         taken[device] += 1
     return made
 
@@ -120,9 +122,9 @@ def _idle_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @cache
-def _streams(device: torch.device, number: int) -> tuple[torch.cuda.Stream, ...]:
+def _streams(device: torch.device, number: int, priority: int) -> tuple[torch.cuda.Stream, ...]:
     """The same ones for the life of the process: libraries keep workspaces for every stream they have seen."""
-    return tuple(torch.cuda.Stream(device) for _ in range(3))
+    return tuple(torch.cuda.Stream(device, priority=priority) for _ in range(3))
 
 
 def each(value: Value, change: Callable[[Tensor], Tensor]) -> Value:

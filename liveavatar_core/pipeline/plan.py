@@ -66,6 +66,15 @@ class Plan:
         in bunches of that size, and the next ones are asked for while the frames of these are decoded."""
         return len(self.stages) + max(2, len(self.stages))
 
+    @property
+    def apart(self) -> int:
+        """How many of the first blocks enter a ring one lap after another. They then end one after another too, and
+        not in a bunch that the decoder cannot keep up with; and while launching takes longer than computing, block 0
+        does not wait for younger ones.
+        """
+        first, *others = self.rows[0]
+        return len(self.rows[0]) if others and len(first.steps) > 1 else 0
+
     def row_of(self, step: int) -> int:
         return next(i for i, row in enumerate(self.rows) if step in row[0].steps)
 

@@ -50,6 +50,7 @@ class ThreadedPipeline:
                 self._changed,
                 has_room=partial(self._has_room, stage.spec),
                 pass_on=partial(self._pass_on, stage.spec),
+                apart=plan.apart if stage.spec.index == 0 else 0,
             )
             for stage, lane in zip(stages, lanes([stage.device for stage in stages]), strict=True)
         ]

@@ -24,6 +24,22 @@ def pick(expected: Sequence[tuple[int, float]], now: float, free: float, patienc
     return min(timely, key=lambda i: expected[i][0]), now
 
 
+def in_order(waiting: Sequence[tuple[int, int]], apart: int = 0, came_round: int = -1) -> list[int]:
+    """Which of a stage's payloads, given as (block, step), may come next, whatever is expected of them.
+
+    The oldest of each step, since caches take blocks in order. Of the first `apart` blocks (as in Plan) those may begin
+    whose predecessor has; `came_round` is the youngest block that has been at the stage twice.
+    """
+    oldest: dict[int, int] = {}
+    for block, step in waiting:
+        oldest[step] = min(block, oldest.get(step, block))
+    return [
+        i
+        for i, (block, step) in enumerate(waiting)
+        if block == oldest[step] and not (step == 0 and came_round + 1 < block < apart)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class _Item:
     there: float  # when it can be worked on
@@ -50,7 +66,7 @@ def ideal(
     waiting: list[list[_Item]] = [[] for _ in plan.stages]
     sinks: list[dict[int, float]] = [{} for _ in plan.stages]  # version -> when it is there
     free = [0.0] * len(plan.stages)
-    decoded, admitted, spans = 0.0, 0, []
+    decoded, admitted, came_round, spans = 0.0, 0, -1, []
 
     def prefill(version: int, when: float) -> None:
         for row in plan.rows:
@@ -67,16 +83,24 @@ def ideal(
         sink = 0.0 if item.step == PREFILL else sinks[stage].get(item.sink, NEVER)
         return max(item.there, sink)
 
+    def candidates(stage: int) -> list[_Item]:
+        items = waiting[stage]
+        known = [(item.block, item.step) for item in items]
+        return [items[i] for i in in_order(known, *((plan.apart, came_round) if stage == 0 else ()))]
+
     prefill(0, 0.0)
     for _ in range(depth):
         admit(0.0)
     while any(waiting):
         # The earliest hop of all cannot be disturbed by one that is not known yet.
-        now, index = min((max(free[i], ready(i, item)), i) for i, items in enumerate(waiting) for item in items)
-        stage = plan.stages[index]
-        known = [(item.block, ready(index, item)) for item in waiting[index]]
-        item = waiting[index].pop(pick(known, now, free[index], PATIENCE * hop(stage, stage.steps.start))[0])
+        now, index = min((max(free[i], ready(i, item)), i) for i in range(len(waiting)) for item in candidates(i))
+        stage, items = plan.stages[index], candidates(index)
+        known = [(item.block, ready(index, item)) for item in items]
+        item = items[pick(known, now, free[index], PATIENCE * hop(stage, stage.steps.start))[0]]
+        waiting[index].remove(item)
         begin = max(now, ready(index, item))
+        if index == 0 and item.step == 1:
+            came_round = item.block
         end = free[index] = begin + hop(stage, item.step)
         spans.append(Span(index, "compute", item.block, item.step, begin, end))
         if item.step == PREFILL:

@@ -18,7 +18,7 @@ from liveavatar_core.pipeline.links import Lane, Mark
 from liveavatar_core.pipeline.monitor import Monitor, Span
 from liveavatar_core.pipeline.plan import PREFILL
 from liveavatar_core.pipeline.stage import Stage
-from liveavatar_core.pipeline.timetable import NEVER, PATIENCE, pick
+from liveavatar_core.pipeline.timetable import NEVER, PATIENCE, in_order, pick
 from liveavatar_core.types import Payload
 
 POLL = 0.0005  # seconds between two looks at a device whose time is not known
@@ -69,13 +69,15 @@ class Worker:
         changed: threading.Condition,
         has_room: Callable[[Payload], bool],
         pass_on: Callable[[Payload, Mark, float], None],
+        apart: int = 0,
     ) -> None:
         """`changed` guards what is waiting, here and where `has_room(payload)` looks: whether the next stage can take
         what becomes of a payload. `pass_on(payload, computed, expected)` sends a result on its way, which exists once
-        `computed` has passed; that is expected at `expected`.
+        `computed` has passed; that is expected at `expected`. `apart` as in Plan, for its first stage.
         """
         self.stage, self.lane = stage, lane
         self._monitor, self._changed, self._has_room, self._pass_on = monitor, changed, has_room, pass_on
+        self._apart, self._came_round = apart, -1  # the youngest block that has been here a second time
         self.waiting: list[Waiting] = []  # guarded by `changed`
         self.closed = False  # likewise
         self._given: deque[_Given] = deque()
@@ -123,7 +125,7 @@ class Worker:
             while not self.closed:
                 self.settle()
                 wake = None
-                candidates = [w for w in self._first() if self.stage.ready(w.payload) and self._has_room(w.payload)]
+                candidates = [w for w in self._in_order() if self.stage.ready(w.payload) and self._has_room(w.payload)]
                 if candidates and len(self._given) < AHEAD:
                     now = time.perf_counter()
                     patience = PATIENCE * self._seconds.get(False, 0.0)
@@ -139,16 +141,10 @@ class Worker:
                 self._changed.wait(wake)
         return None
 
-    def _first(self) -> list[Waiting]:
-        """What waits, without blocks that have an older one before them at the same step: caches take them in order.
-
-        None can overtake on its way, but estimates can be wrong about which will be there first.
-        """
-        oldest: dict[int, int] = {}
-        for item in self.waiting:
-            at = item.payload
-            oldest[at.step] = min(at.block, oldest.get(at.step, at.block))
-        return [item for item in self.waiting if item.payload.block == oldest[item.payload.step]]
+    def _in_order(self) -> list[Waiting]:
+        """What may come next. None can overtake on its way, but estimates can be wrong about which is there first."""
+        at = [(item.payload.block, item.payload.step) for item in self.waiting]
+        return [self.waiting[i] for i in in_order(at, self._apart, self._came_round)]
 
     def _free_at(self, now: float) -> float:
         """When the device will have finished all it was given."""
@@ -165,6 +161,8 @@ class Worker:
         due = now if item.arrived.passed else item.due
         expected = max(self._free_at(now), due) + seconds
         self.lane.follow(item.arrived)
+        if payload.step == 1:
+            self._came_round = payload.block
         begin = self.lane.mark()
         done = self.stage.run(payload)
         end = self.lane.mark()

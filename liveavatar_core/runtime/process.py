@@ -167,7 +167,8 @@ class StageProcess:
                 kv_cache=kv_cache,
             )
         (lane,) = lanes([stage.device])
-        self._worker = Worker(stage, lane, self._monitor, self._changed, self._has_room, self._pass_on)
+        apart = plan.apart if index == 0 else 0
+        self._worker = Worker(stage, lane, self._monitor, self._changed, self._has_room, self._pass_on, apart)
         lane.follow_caller()
         self._outgoing = {
             link.target: Outgoing(link, lane, self._changed, self._lost, self._worker.copied)

@@ -95,8 +95,8 @@ def test_graphs_change_no_bit_in_eight_bits(attention, kv_cache):
 
 @contextmanager
 def restless_neighbour():
-    """Another thread of the process that never leaves the device alone. While a stream is captured, CUDA refuses to wait
-    for the whole device and torch to draw random numbers on it, whoever asks."""
+    """Another thread of the process that never leaves the device alone. Two things it must not do, since whoever does
+    them while a stream is captured is refused: wait for the whole device, draw random numbers on it."""
     ended, failed = threading.Event(), []
 
     def work() -> None:
