@@ -1,11 +1,15 @@
 """The stages of training at toy sizes: they learn, they resume, and what they see is what inference will see."""
 
+import os
 import random
+import socket
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.multiprocessing import start_processes
 
 from liveavatar_core.config import ModelConfig
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech, hidden_length, load_speech_encoder
@@ -15,7 +19,7 @@ from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.weights.build import load_dit
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.reader import open_weights
-from training import run, vae
+from training import parallel, run, vae
 from training.dit import clips
 from training.dit.clips import Encoders, draw_scene, make_group
 from training.dit.forward import gradients
@@ -100,6 +104,43 @@ def test_a_slice_stops_in_time_and_keeps_what_it_has(tmp_path):
 
     assert run.minimise("x", model, lose, tmp_path, minutes=0, steps=9, rate=1) == 0
     assert run.read_weights(tmp_path, "x").keys() == {"weight", "bias"} and run.read_weights(tmp_path, "y") is None
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def learn_together(number: int, count: int, folder: Path) -> None:
+    """One process of several: a toy whose examples depend on who it is."""
+    os.environ |= {"LOCAL_RANK": str(number), "LOCAL_WORLD_SIZE": str(count), "RANK": str(number)}
+    os.environ |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+    parallel.join()
+    weights = learn_toy([number], folder)
+    torch.save(weights, folder / f"of {number}.pt")
+
+
+def learn_toy(numbers: list[int], folder: Path) -> torch.Tensor:
+    """With the examples of these processes."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1, bias=False)
+
+    def losses(step: int) -> dict[str, torch.Tensor]:
+        seen = [torch.randn(8, 4, generator=torch.Generator().manual_seed(2 * step + n)) for n in numbers]
+        return {"loss": torch.stack([(model(x) - x.sum(1, keepdim=True)).square().mean() for x in seen]).mean()}
+
+    run.minimise("toy", model, losses, folder, minutes=1, steps=30, rate=0.1)
+    return model.weight.detach()
+
+
+def test_two_processes_learn_as_one_with_the_examples_of_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    start_processes(learn_together, args=(2, tmp_path), nprocs=2, start_method="spawn")
+    first, second = (torch.load(tmp_path / f"of {number}.pt") for number in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, learn_toy([0, 1], tmp_path / "one"))
+    assert not torch.allclose(first, learn_toy([0], tmp_path / "half"))
 
 
 def test_checkpoints_come_in_parts(tmp_path, monkeypatch):

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training.parallel import anywhere, average_gradients, place
+
 log = logging.getLogger(__name__)
 
 PART_BYTES = 15 << 20  # no file of a checkpoint is larger
@@ -42,7 +44,8 @@ def minimise(
     """Train until `steps` in all or until the minutes are over; returns the step reached.
 
     `folder` has the weights and the log of earlier slices, if any, and gets the new ones. The rate falls along a
-    cosine over all `steps`. The model ends with its averaged weights.
+    cosine over all `steps`. The model ends with its averaged weights. Of several processes (`parallel`) the first
+    one's losses are written down.
     """
     deadline = time.monotonic() + 60 * minutes
     history = read_log(folder, stage)
@@ -54,10 +57,11 @@ def minimise(
     average = [p.detach().clone() for p in parameters]
     recent: list[dict[str, Tensor]] = []
     saved = last = time.monotonic()
-    while step < steps and time.monotonic() < deadline:
+    while step < steps and not _is_over(step, deadline):
         optimizer.param_groups[0]["lr"] = rate * _warm(step - start) * _cosine(step / steps)
         values = losses(step)
         values["loss"].backward()
+        average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         if torch.isfinite(norm):
             optimizer.step()
@@ -84,6 +88,11 @@ def minimise(
     return step
 
 
+def _is_over(step: int, deadline: float) -> bool:
+    over = time.monotonic() > deadline
+    return over if place()[1] == 1 else step % LOG_STEPS == 0 and anywhere(over)
+
+
 def _entry(step: int, seconds: float, recent: list[dict[str, Tensor]]) -> dict[str, float]:
     means = {name: torch.stack([losses[name].float() for losses in recent]).mean().item() for name in recent[0]}
     return {"step": step, "seconds": round(seconds, 4), **means}
@@ -100,6 +109,8 @@ def _cosine(share: float) -> float:
 def _save_average(
     stage: str, model: nn.Module, parameters: list[Tensor], average: list[Tensor], history: list[dict], folder: Path
 ) -> None:
+    if place()[0] > 0:
+        return
     means = {id(parameter): mean for parameter, mean in zip(parameters, average, strict=True)}
     state = {name: means.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     save_weights(folder, stage, state)

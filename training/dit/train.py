@@ -25,6 +25,7 @@ from training.dit.clips import BLOCKS, EYES, Encoders, Group, make_group
 from training.dit.forward import Conditions, conditions, gradients, velocities
 from training.export import VAE_FILE
 from training.front import make_sounds, new_front
+from training.parallel import join, place
 from training.pool import Pool
 from training.run import minimise, read_log, read_weights
 from training.sizes import DEMO, SIDE
@@ -128,7 +129,7 @@ def load_encoders(models: Path, side: int, device: str) -> Encoders:
     reader.load_state_dict({n.removeprefix("encoder."): t for n, t in read.items() if n.startswith("encoder.")})
     reader.to(device).eval()
     tokenizer = read_tokenizer(models)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     return Encoders(
         vae=read_vae(models / VAE_FILE, dtype=dtype, device=device),
         speech=Wav2Vec2Speech(front.wav2vec2.to(device)),
@@ -155,11 +156,13 @@ def main() -> None:
     parser.add_argument("--fuse", action="store_true", help="compile what lies between matrix products")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    number, count = place()
     history = read_log(options.folder, "dit")
     done = history[-1]["step"] if history else 0
     # before anything is on the GPU: the processes that speak are forked
-    sounds = list(make_sounds(range(100_000 + done, 100_000 + done + options.sounds), SOUND_SECONDS))
+    first = 100_000 + done + number * options.sounds
+    sounds = list(make_sounds(range(first, first + options.sounds), SOUND_SECONDS))
+    device = join()
     known = load_encoders(options.models, options.side, device)
     heard = known.listen(sounds)
     torch.manual_seed(0)
@@ -172,13 +175,14 @@ def main() -> None:
     def make(seed: int) -> Group:
         return make_group(seed, options.batch, known, sounds, heard)
 
-    pool = Pool(options.groups, make, first_seed=done * 10, begin_with=options.begin)
+    pool = Pool(options.groups, make, first_seed=done * 10 + number * 1_000_000, begin_with=options.begin)
 
     def lose(step: int) -> dict[str, Tensor]:
         if step % options.every == 0:
             pool.refresh(1)
-        (group,) = pool.draw(1, random.Random(step))
-        return losses(model, group, step, blocks=options.blocks, teach=options.teach)
+        seed = step * count + number
+        (group,) = pool.draw(1, random.Random(seed))
+        return losses(model, group, seed, blocks=options.blocks, teach=options.teach)
 
     with gradients(fuse=options.fuse):
         minimise("dit", model, lose, options.folder, minutes=options.minutes, steps=options.steps, rate=1e-3)

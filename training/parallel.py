@@ -1,0 +1,48 @@
+"""Several GPUs of one machine that learn one model: the same weights on all, other examples, gradients averaged.
+
+    torchrun --nproc_per_node 4 -m training.dit.train ...
+
+Without torchrun there is one process, and nothing here does anything.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def place() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def join() -> str:
+    """Meet the other processes, if there are any; returns this one's device."""
+    number, count = place()
+    on_gpu = torch.cuda.is_available()
+    if count > 1:
+        if on_gpu:
+            torch.cuda.set_device(number)
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+    return f"cuda:{number}" if on_gpu else "cpu"
+
+
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """In place, over all processes; what no example has touched counts as 0."""
+    if dist.is_initialized():
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+def anywhere(happened: bool) -> bool:
+    """Whether it has in any process. Waits for them, and for the device."""
+    if not dist.is_initialized():
+        return happened
+    flag = torch.tensor(float(happened), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag)
+    return flag.item() > 0
