@@ -136,7 +136,7 @@ def learn_toy(numbers: list[int], folder: Path) -> torch.Tensor:
 
 def test_two_processes_learn_as_one_with_the_examples_of_both(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    start_processes(learn_together, args=(2, tmp_path), nprocs=2, start_method="spawn")
+    start_processes(learn_together, args=(2, tmp_path), nprocs=2, start_method="fork")
     first, second = (torch.load(tmp_path / f"of {number}.pt") for number in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, learn_toy([0, 1], tmp_path / "one"))
