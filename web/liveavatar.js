@@ -26,13 +26,9 @@ function showFinished({ detail }) {
   players.get(node)?.giveWay();
 }
 
-/** While the player shows the video, pictures of it beside it would only be in the way; a subgraph's node keeps them. */
+/** While the player shows the video, pictures of it beside it would only be in the way. */
 function keepPreviewFromPlayer(event) {
-  const path = event.detail.displayNodeId;
-  if (!players.get(findNode(path))?.replacesPreviews) return;
-  event.stopImmediatePropagation();
-  const around = path.split(":").slice(0, -1).join(":");
-  if (around) api.dispatchCustomEvent(event.type, { ...event.detail, displayNodeId: around });
+  if (players.get(findNode(event.detail.displayNodeId))?.replacesPreviews) event.stopImmediatePropagation();
 }
 
 api.addEventListener("b_preview_with_metadata", keepPreviewFromPlayer); // now: before the frontend listens itself
