@@ -17,7 +17,8 @@ export class Player {
     this.video = document.createElement('video')
     this.video.controls = this.video.playsInline = true // with mute and full screen
     this.video.setAttribute('controlslist', 'nodownload') // which cannot save what it is fed
-    this.video.style.cssText = 'flex:1 1 0; height:0; width:100%; background:black'
+    // Vue nodes give a widget no more than it asks for and a share of the rest.
+    this.video.style.cssText = 'flex:1 1 0; height:0; min-height:160px; width:100%; background:black'
     this.bar = document.createElement('div')
     this.bar.style.cssText =
       'display:flex; gap:12px; align-items:center; padding:4px; font:12px sans-serif; color:var(--descrip-text, #999)'
