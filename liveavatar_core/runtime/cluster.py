@@ -47,7 +47,7 @@ class _Process(StageProcess):
 
 
 class Cluster:
-    """The processes of one plan. They keep their parts of the model from stream to stream."""
+    """Processes that keep their parts of the model, and the links between them, as long as streams want the same."""
 
     def __init__(self, address: str, devices: Sequence[str]) -> None:
         """One process per device, with a GPU to itself if the device is a cuda one, whatever its number. `address`: of
@@ -60,7 +60,7 @@ class Cluster:
         self.processes: list = []
         self.addresses: list[str] = []  # of their machines
         self.memory: list[int | None] = []  # bytes of their GPUs
-        self._ray, self._met, self._group = ray, None, None
+        self._ray, self._met, self._group = ray, None, None  # _met: the plan they are linked for
         try:
             _connect(ray, address, len(devices))
             self._start()
@@ -129,17 +129,16 @@ class Cluster:
 
         `plan` has one stage per process. Raises what `all` does.
         """
-        if self._met is None:
+        if self._met != plan:
             first = self.addresses[0]
             port = self._ray.get(self.processes[0].host.remote(first, len(self.processes)))
             self.all(lambda p, i: p.meet.remote(first, port, i, plan, self.addresses[i]), STARTING)
             self._met = plan
         self.all(lambda p, i: p.load.remote(model, config, plan.stages[i], precision, open_model), LOADING)
 
-    def serves(self, address: str, devices: Sequence[str], plan: Plan | None) -> bool:
-        """Whether a stream needs no other processes than these; `plan` None: as far as that is known without it."""
-        wanted = address, tuple(devices), plan or self._met
-        return bool(self.processes) and wanted == (self.address, self.devices, self._met or plan)
+    def serves(self, address: str, devices: Sequence[str]) -> bool:
+        """Whether a stream needs no other processes than these."""
+        return bool(self.processes) and (address, tuple(devices)) == (self.address, self.devices)
 
     def pipeline(
         self,

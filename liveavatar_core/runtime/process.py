@@ -92,7 +92,10 @@ class StageProcess:
         return self._store.port
 
     def meet(self, address: str, port: int, rank: int, plan: Plan, own_address: str) -> None:
-        """Connect with the others, which do the same at this moment. `own_address`: this machine's in the cluster."""
+        """Connect with the others, which do the same at this moment; what links there were between streams are closed.
+        `own_address`: this machine's in the cluster."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
         interface = _interface_of(own_address)
         if interface is not None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -117,6 +120,7 @@ class StageProcess:
         wanted = model, spec.layers, spec.offload.weights, precision
         if self._loaded != wanted:
             self._loaded = self._model = None
+            self._drop_stream()
             gc.collect()
             with ExitStack() as files:
                 reader = files.enter_context(open_model(model.checkpoint))
@@ -148,12 +152,7 @@ class StageProcess:
         kv_cache: str = "full",
     ) -> int:
         """The stream's number, which `give` and `poll` want: calls for the stream before may come late."""
-        with self._changed:
-            self._streams += 1
-            self._results: deque[tuple[int, Tensor, Mark]] = deque()
-            self._failure: Failure | None = None
-            # The memory of the stream before, which there is no room for beside this one's.
-            self._worker, self._outgoing, self._incoming = None, {}, []
+        self._drop_stream()
         self._plan, self._spec = plan, plan.stages[index]
         self._monitor = Monitor()
         with torch.inference_mode():
@@ -220,6 +219,14 @@ class StageProcess:
         return all(ended) and self._running.done()
 
     # ---- inside
+
+    def _drop_stream(self) -> None:
+        """Free the memory of the stream before, which there is no room for beside what comes next."""
+        with self._changed:
+            self._streams += 1
+            self._results: deque[tuple[int, Tensor, Mark]] = deque()
+            self._failure: Failure | None = None
+            self._worker, self._outgoing, self._incoming = None, {}, []
 
     def _has_room(self, payload: Payload) -> bool:
         row = self._plan.rows[self._spec.row]

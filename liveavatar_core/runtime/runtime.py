@@ -207,7 +207,7 @@ class Runtime:
 
         if geometry is None:
             raise PlanError("stages in a cluster need the size of the stream before they are loaded; give its geometry")
-        if self._cluster is None or not self._cluster.serves(spec.cluster, spec.devices, None):
+        if self._cluster is None or not self._cluster.serves(spec.cluster, spec.devices):
             self.unload()
             self._cluster = Cluster(spec.cluster, spec.devices)
         decoder = spec.devices[0] if spec.decoder == "auto" else spec.decoder
@@ -222,9 +222,6 @@ class Runtime:
         log.info("memory plan\n%s", table(memory, free))
         check(memory, free)
         self.memory, plan = memory, memory.plan
-        if not self._cluster.serves(spec.cluster, spec.devices, plan):
-            self._cluster.close()
-            self._cluster = Cluster(spec.cluster, spec.devices)
         self._cluster.ensure(plan, model, config, precision, self._open)
         self._formats = geometry, spec.attention, spec.kv_cache
         return plan
