@@ -78,7 +78,7 @@ def ip(*arguments: str) -> bool:
 
 @pytest.fixture
 def machines():
-    if find_spec("ray") is None:
+    if getattr(find_spec("ray"), "origin", None) is None:  # which a mere folder of that name has not
         pytest.skip("Ray is not installed: pip install ray")
     if shutil.which("ip") is None or not ip("netns", "add", MACHINES[0]):
         pytest.skip("network namespaces cannot be made here: that takes iproute2 and root")
