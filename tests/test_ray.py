@@ -153,7 +153,7 @@ def assert_equal(got: list[torch.Tensor], want: list[torch.Tensor]) -> None:
 def test_processes_give_the_same_bits_stream_after_stream(
     runtime, model, inputs, want, second, second_want, count, plans
 ):
-    """Plan after plan in the same processes. Every other stream has another prompt, late audio and stages that stall."""
+    """Plan after plan in the same processes; each second stream has another prompt, late audio, stages that stall."""
     before = None
     for plan in plans:
         monitor = Monitor()
