@@ -81,7 +81,7 @@ def test_nothing_loads_before_the_first_pull(request_, tmp_path):
     assert not runtime.is_streaming
 
 
-def test_latents_are_sane_and_depend_on_everything(request_, latents, tmp_path):
+def test_latents_are_sane_and_depend_on_everything(request_, first, latents, tmp_path):
     assert latents.shape == (6, 16, 3, 8, 12)
     assert torch.isfinite(latents).all() and 0.1 < latents.std() < 10
     changes = {
@@ -92,8 +92,9 @@ def test_latents_are_sane_and_depend_on_everything(request_, latents, tmp_path):
         "reference latent": replace(request_, mid_sequence=True),
     }
     for name, changed in changes.items():
-        first = next(stream_of(changed, tmp_path).latents())[1]
-        assert not torch.equal(first, latents[0]), name
+        stream = stream_of(changed, tmp_path)
+        stream.share_portrait(first)
+        assert not torch.equal(next(stream.latents())[1], latents[0]), name
 
 
 def test_a_picture_is_encoded_once_for_all_speech(request_, latents, tmp_path):
@@ -118,14 +119,13 @@ def test_a_finished_stream_replays_without_a_model(request_, latents, tmp_path):
     assert runtime.nbytes == {}, "a replay must not load anything"
 
 
-def test_a_stream_cut_short_starts_over_and_ends_equal(request_, latents, tmp_path):
-    stream = stream_of(request_, tmp_path)
-    pulled = stream.latents()
+def test_a_stream_cut_short_starts_over_and_ends_equal(fresh, latents):
+    pulled = fresh.latents()
     next(pulled), next(pulled)
     pulled.close()
-    assert not stream.spool.complete
-    assert torch.equal(all_latents(stream), latents)
-    assert stream.spool.complete
+    assert not fresh.spool.complete
+    assert torch.equal(all_latents(fresh), latents)
+    assert fresh.spool.complete
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -205,21 +205,21 @@ def test_one_stream_at_a_time(request_, tmp_path):
 
 
 @pytest.mark.parametrize("plan", ["tpp", "ring"])
-def test_plans_from_files_give_the_same_bits(request_, latents, tmp_path, plan):
-    request = replace(request_, runtime=RuntimeSpec(("cpu",) * 4, plan))
-    assert torch.equal(all_latents(stream_of(request, tmp_path)), latents)
+def test_plans_from_files_give_the_same_bits(fresh, latents, plan):
+    fresh.request = replace(fresh.request, runtime=RuntimeSpec(("cpu",) * 4, plan))
+    assert torch.equal(all_latents(fresh), latents)
 
 
-def test_layouts_give_the_same_bits(demo, request_, latents, tmp_path):
-    request = replace(request_, model=replace(request_.model, checkpoint=demo.single_file))
-    assert torch.equal(all_latents(stream_of(request, tmp_path)), latents)
+def test_layouts_give_the_same_bits(demo, fresh, latents):
+    fresh.request = replace(fresh.request, model=replace(fresh.request.model, checkpoint=demo.single_file))
+    assert torch.equal(all_latents(fresh), latents)
 
 
 @pytest.mark.parametrize(("precision", "allowed"), [("bf16", 0.05), ("fp8", 0.25)])
-def test_lower_precisions_stay_close(request_, latents, tmp_path, precision, allowed):
+def test_lower_precisions_stay_close(fresh, latents, precision, allowed):
     """Relative L2 of all latents against float32; bounds are about twice what four random layers showed."""
-    request = replace(request_, runtime=RuntimeSpec(("cpu",), precision=precision))
-    got = all_latents(stream_of(request, tmp_path)).float()
+    fresh.request = replace(fresh.request, runtime=RuntimeSpec(("cpu",), precision=precision))
+    got = all_latents(fresh).float()
     assert 0 < (got - latents).norm() / latents.norm() < allowed
 
 
@@ -238,8 +238,8 @@ def test_only_what_changed_is_loaded_again(demo, request_):
     assert runtime.nbytes == {}
 
 
-def test_frames_and_their_count(request_, latents):
-    stillness = request_.vae.encode(request_.picture.unsqueeze(1).expand(-1, 73, -1, -1))
+def test_frames_and_their_count(request_, first, latents):
+    _, stillness = first.portrait
     decoder = StreamDecoder(request_.vae)
     chunks = list(frame_chunks(enumerate(latents), decoder, stillness, request_.frames))
     assert [len(chunk.frames) for chunk in chunks] == [9, 12, 12, 12, 12, 1]
