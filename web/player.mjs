@@ -132,8 +132,10 @@ export class Player {
     this.#describe()
   }
 
-  /** A page that nobody has clicked in yet may only play without sound. */
+  /** A page that nobody has clicked in yet may only play without sound; and nobody is to hear what they cannot see, as
+   *  of a node inside a subgraph. */
   async #play() {
+    if (!this.element.checkVisibility()) this.video.muted = true
     try {
       await this.video.play()
     } catch (error) {

@@ -26,7 +26,7 @@ export const settings = [
     id: 'LiveAvatar.CacheGiB',
     category: [CATEGORY, 'Machine', 'CacheGiB'],
     name: 'Finished latents kept on disk (GiB)',
-    tooltip: 'For decoding again without sampling again, in the temporary folder of ComfyUI. The last video is always kept.',
+    tooltip: 'For decoding again without sampling again, in the temporary folder of ComfyUI, which --temp-directory moves. The last video is always kept.',
     type: 'number',
     attrs: { min: 0, max: 1000, showButtons: true },
     defaultValue: 4,
