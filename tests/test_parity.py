@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
     freq_dim=32,
 )
 GEOMETRY = Geometry(64, 80)
-BLOCKS = 10
+BLOCKS = 12
 
 
 def random_model() -> CausalDiT:
