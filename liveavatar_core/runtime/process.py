@@ -75,7 +75,7 @@ class StageProcess:
         self._model: CausalDiT | None = None
         self._links: list[Link] = []
         self._changed = threading.Condition()
-        self._streams = 0  # how many have begun
+        self._streams = 0  # the present one's number
 
     # ---- before a stream
 
