@@ -24,8 +24,8 @@ from liveavatar_core.errors import WeightsError
 from liveavatar_core.geometry import FRAMES_PER_LATENT, LATENTS_PER_BLOCK
 
 LEVELS = 4  # resolutions of encoder and decoder; the names in every published file assume four
-FIRST, BESIDE = -1, 0  # priorities: somebody waits for frames, and they need little; nobody waits for priming
 BLOCKS_PER_LEVEL = 2  # residual blocks of one encoder level, followed by its down-sampling
+FIRST, BESIDE = -1, 0  # priorities: somebody waits for frames, and they need little; nobody waits for priming
 
 
 class WanVAE:
