@@ -82,7 +82,7 @@ def test_the_vae_learns_and_its_next_slice_goes_on(tmp_path, moving):
         def lose(step):
             return vae.losses(model, moving[:1, :, :5])
 
-        return run.minimise("vae", model, lose, tmp_path, minutes=2, steps=steps, rate=2e-3)
+        return run.minimise("vae", model, lose, tmp_path, minutes=2, whole=None, steps=steps, rate=2e-3)
 
     assert learn(model, 8) == 8
     resumed = vae.new_vae(8)
@@ -102,7 +102,7 @@ def test_a_slice_stops_in_time_and_keeps_what_it_has(tmp_path):
     def lose(step):
         return {"loss": model.weight.sum()}
 
-    assert run.minimise("x", model, lose, tmp_path, minutes=0, steps=9, rate=1) == 0
+    assert run.minimise("x", model, lose, tmp_path, minutes=0, whole=None, steps=9, rate=1) == 0
     assert run.read_weights(tmp_path, "x").keys() == {"weight", "bias"} and run.read_weights(tmp_path, "y") is None
 
 
@@ -130,7 +130,7 @@ def learn_toy(numbers: list[int], folder: Path) -> torch.Tensor:
         seen = [torch.randn(8, 4, generator=torch.Generator().manual_seed(2 * step + n)) for n in numbers]
         return {"loss": torch.stack([(model(x) - x.sum(1, keepdim=True)).square().mean() for x in seen]).mean()}
 
-    run.minimise("toy", model, losses, folder, minutes=1, steps=30, rate=0.1)
+    run.minimise("toy", model, losses, folder, minutes=1, whole=None, steps=30, rate=0.1)
     return model.weight.detach()
 
 
@@ -279,7 +279,7 @@ def test_the_dit_learns(groups, tmp_path, teach):
 
     with gradients(fuse=False):
         before = sum(lose(step)["loss"].item() for step in range(4))
-        run.minimise("dit", model, lose, tmp_path, minutes=2, steps=40, rate=1e-2)
+        run.minimise("dit", model, lose, tmp_path, minutes=2, whole=None, steps=40, rate=1e-2)
         after = sum(lose(step)["loss"].item() for step in range(4))
     assert after < 0.85 * before
 

@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
     parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--sounds", type=int, default=1500)
     options = parser.parse_args()
@@ -137,7 +137,7 @@ def main() -> None:
         lambda step: losses(model, *batch(step)),
         options.folder,
         minutes=options.minutes,
-        steps=options.steps,
+        whole=options.whole,
         rate=1e-3,
     )
     report(model.eval(), device)

@@ -39,10 +39,10 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
             parameter.grad = part.view_as(parameter)
 
 
-def anywhere(happened: bool) -> bool:
-    """Whether it has in any process. Waits for them, and for the device."""
+def largest(value: float) -> float:
+    """Of all processes. Waits for them, and for the device."""
     if not dist.is_initialized():
-        return happened
-    flag = torch.tensor(float(happened), device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag)
-    return flag.item() > 0
+        return value
+    most = torch.tensor(value, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()

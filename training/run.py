@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.parallel import anywhere, average_gradients, place
+from training.parallel import average_gradients, largest, place
 
 log = logging.getLogger(__name__)
 
@@ -37,18 +37,21 @@ def minimise(
     folder: Path,
     *,
     minutes: float,
-    steps: int,
+    whole: float | None,
     rate: float,
+    steps: float = math.inf,
     decay: float = 0.01,
 ) -> int:
-    """Train until `steps` in all or until the minutes are over; returns the step reached.
+    """Train until the minutes are over, or until `steps` in all; returns the step reached.
 
-    `folder` has the weights and the log of earlier slices, if any, and gets the new ones. The rate falls along a
-    cosine over all `steps`. The model ends with its averaged weights. Of several processes (`parallel`) the first
-    one's losses are written down.
+    `folder` has the weights and the log of earlier slices, if any, and gets the new ones. `whole`: minutes of all
+    slices together, over which the rate falls along a cosine; None: there is but this one. The model ends with its
+    averaged weights. Of several processes (`parallel`) the first one's losses are written down.
     """
-    deadline = time.monotonic() + 60 * minutes
     history = read_log(folder, stage)
+    before = _seconds(history)
+    whole = 60 * minutes + before if whole is None else 60 * whole
+    begin, spent = time.monotonic(), 0.0
     step = start = history[-1]["step"] if history else 0
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -57,8 +60,12 @@ def minimise(
     average = [p.detach().clone() for p in parameters]
     recent: list[dict[str, Tensor]] = []
     saved = last = time.monotonic()
-    while step < steps and not _is_over(step, deadline):
-        optimizer.param_groups[0]["lr"] = rate * _warm(step - start) * _cosine(step / steps)
+    while step < steps:
+        if place()[1] == 1 or step % LOG_STEPS == 0:  # processes agree on it, and that takes a while
+            spent = largest(time.monotonic() - begin)
+        if spent >= 60 * minutes:
+            break
+        optimizer.param_groups[0]["lr"] = rate * _warm(step - start) * _cosine((before + spent) / max(whole, 1))
         values = losses(step)
         values["loss"].backward()
         average_gradients(parameters)
@@ -88,9 +95,10 @@ def minimise(
     return step
 
 
-def _is_over(step: int, deadline: float) -> bool:
-    over = time.monotonic() > deadline
-    return over if place()[1] == 1 else step % LOG_STEPS == 0 and anywhere(over)
+def _seconds(history: list[dict]) -> float:
+    """Spent on what is written there."""
+    steps = [0, *(entry["step"] for entry in history)]
+    return sum((b - a) * entry["seconds"] for a, b, entry in zip(steps, steps[1:], history, strict=False))
 
 
 def _entry(step: int, seconds: float, recent: list[dict[str, Tensor]]) -> dict[str, float]:

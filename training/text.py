@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
     parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tokenizer = read_tokenizer(options.folder)
@@ -138,7 +138,7 @@ def main() -> None:
         lambda step: losses(reader, *batch(tokenizer, step)),
         options.folder,
         minutes=options.minutes,
-        steps=options.steps,
+        whole=options.whole,
         rate=2e-3,
     )
     tokens, wanted = batch(tokenizer, -1, 512)

@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dim", type=int, default=VAE_DIM)
     parser.add_argument("--side", type=int, default=SIDE)
@@ -190,7 +190,7 @@ def main() -> None:
         lambda step: losses(model, batch(step)),
         options.folder,
         minutes=options.minutes,
-        steps=options.steps,
+        whole=options.whole,
         rate=2e-3,
     )
     report(model, options.folder, options.side, device)

@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder with the finished stages")
     parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
     parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--steps", type=int, default=16_000)
+    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of a clip that go through the model at once")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--teach", action="store_true")
@@ -185,7 +185,7 @@ def main() -> None:
         return losses(model, group, seed, blocks=options.blocks, teach=options.teach)
 
     with gradients(fuse=options.fuse):
-        minimise("dit", model, lose, options.folder, minutes=options.minutes, steps=options.steps, rate=1e-3)
+        minimise("dit", model, lose, options.folder, minutes=options.minutes, whole=options.whole, rate=1e-3)
 
 
 if __name__ == "__main__":
