@@ -151,7 +151,8 @@ def rms_norm(x_BTD: Tensor, weight_D: Tensor) -> Tensor:
 
 
 def rotate(x_BTHK: Tensor, factors: Tensor, *, norm_D: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-    """Rotate the channel pairs of every head by `factors` (T, K/2, 2), float32 inside; into `out` if given. B is 1.
+    """Rotate the channel pairs of every head by `factors` (T, K/2, 2), float32 inside; into `out` if given. B is 1; the
+    plain form takes any, and (B, T, K/2, 2).
 
     With the weight `norm_D` there is an RMS norm, over all heads together, before.
     """
@@ -161,7 +162,7 @@ def rotate(x_BTHK: Tensor, factors: Tensor, *, norm_D: Tensor | None = None, out
     if norm_D is not None:
         x_BTHK = rms_norm(x_BTHK.flatten(2), norm_D).view_as(x_BTHK)
     a, b = x_BTHK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = factors.unsqueeze(1).unbind(-1)
+    cos, sin = factors.unsqueeze(-3).unbind(-1)
     rotated = torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x_BTHK.dtype)
     return rotated if out is None else out.copy_(rotated)
 

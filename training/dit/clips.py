@@ -24,6 +24,7 @@ from liveavatar_core.geometry import (
 )
 from training.prompts import Wish, draw_wish, write
 from training.speech.sounds import Sound
+from training.vae import encode
 from training.world.looks import BACKGROUNDS, KINDS, LIGHTS, Look, draw_look
 from training.world.motion import perform
 from training.world.painter import paint
@@ -106,51 +107,52 @@ def make_group(seed: int, size: int, known: Encoders, sounds: Sequence[Sound], h
     generator = random.Random(f"group {seed}")
     first = 0 if generator.random() < 0.5 else generator.randrange(1, LATEST)
     scenes = [draw_scene(seed * size + i) for i in range(size)]
-    parts = []
+    pixels, features, heavy = [], [], []
     for scene in scenes:
         number = generator.randrange(len(sounds))
-        parts.append(_clip(scene, first, generator, known, sounds[number], heard[number]))
-    names = ("latents", "reference", "anchor", "motion", "features", "weight")
-    stacked = {name: torch.stack([part[name] for part in parts]) for name in names}
-    return Group(first, text=known.read([scene.prompt for scene in scenes]), **stacked)
+        spoken, stream = sounds[number], heard[number]
+        begin = generator.randrange(max(1, stream.frames // FRAMES_PER_BLOCK - BLOCKS + 1))
+        poses = perform(
+            spoken.mouth, scene.action, begin * FRAMES_PER_BLOCK, BLOCKS * FRAMES_PER_BLOCK, first * FRAMES_PER_BLOCK
+        )
+        start = None
+        if first:  # the beginning of this stream, of which the model keeps one latent
+            frame = generator.randrange(max(1, stream.frames - FRAMES_PER_LATENT))
+            start = perform(spoken.mouth, scene.action, frame, FRAMES_PER_LATENT, 0)
+        pixels.append(_draw(scene, start, poses, known))
+        features.append(torch.stack([stream.block(begin + i) for i in range(BLOCKS)]))
+        heavy.append(weights(scene.video, poses, known.side))
+    latents = _encode(known.vae, torch.stack(pixels))
+    stills = 1 + (STILLS - 1) // FRAMES_PER_LATENT
+    video = latents[:, :, -BLOCKS * LATENTS_PER_BLOCK :]
+    return Group(
+        first,
+        latents=video.unflatten(2, (BLOCKS, LATENTS_PER_BLOCK)).transpose(1, 2),
+        reference=latents[:, :, :1],
+        anchor=latents[:, :, stills : stills + 1],
+        # a picture that holds still gives the same latent again and again
+        motion=latents[:, :, [min(i, stills - 1) for i in range(MOTION_LATENTS)]],
+        features=torch.stack(features).to(known.device, torch.bfloat16),
+        text=known.read([scene.prompt for scene in scenes]),
+        weight=torch.stack(heavy).to(known.device, torch.bfloat16),
+    )
 
 
-def _clip(
-    scene: Scene,
-    first_block: int,
-    generator: random.Random,
-    known: Encoders,
-    spoken: Sound,
-    stream: FeatureStream,
-) -> dict[str, Tensor]:
-    begin = generator.randrange(max(1, stream.frames // FRAMES_PER_BLOCK - BLOCKS + 1))
-    frames = BLOCKS * FRAMES_PER_BLOCK
-    poses = perform(spoken.mouth, scene.action, begin * FRAMES_PER_BLOCK, frames, first_block * FRAMES_PER_BLOCK)
+def _draw(scene: Scene, start: Pose | None, poses: Pose, known: Encoders) -> Tensor:
+    """(3, frames, side, side) uint8: the picture, the beginning of its stream if this is not it, the clip."""
 
     def draw(look: Look, pose: Pose) -> Tensor:
-        return paint(look, pose, known.side, known.side, known.device)
+        return (paint(look, pose, known.side, known.side, known.device) * 255).round().to(torch.uint8)
 
     still = draw(scene.picture, Pose.still(**scene.ajar)).expand(STILLS, -1, -1, -1)
-    pictures = [still]
-    if first_block:  # the beginning of this stream, of which the model keeps one latent
-        start = generator.randrange(max(1, stream.frames - FRAMES_PER_LATENT))
-        pictures.append(draw(scene.video, perform(spoken.mouth, scene.action, start, FRAMES_PER_LATENT, 0)))
-    pictures.append(draw(scene.video, poses))
-    pixels = (torch.cat(pictures) * 255).round() / 127.5 - 1
-    latents = known.vae.encode(pixels.transpose(0, 1))
-    stills = 1 + (STILLS - 1) // FRAMES_PER_LATENT
-    # a picture that holds still gives the same latent again and again
-    motion = latents[:, [min(i, stills - 1) for i in range(MOTION_LATENTS)]]
-    features = torch.stack([stream.block(begin + i) for i in range(BLOCKS)]).to(known.device)
-    video = latents[:, -BLOCKS * LATENTS_PER_BLOCK :]
-    return {
-        "latents": video.unflatten(1, (BLOCKS, LATENTS_PER_BLOCK)).transpose(0, 1).bfloat16(),
-        "reference": latents[:, :1].bfloat16(),
-        "anchor": latents[:, stills : stills + 1].bfloat16(),
-        "motion": motion.bfloat16(),
-        "features": features.bfloat16(),
-        "weight": weights(scene.video, poses, known.side).to(known.device).bfloat16(),
-    }
+    videos = [draw(scene.video, pose) for pose in (start, poses) if pose is not None]
+    return torch.cat((still, *videos)).transpose(0, 1)
+
+
+def _encode(vae: WanVAE, pixels_B3THW: Tensor) -> Tensor:
+    """(B, C, T', h, w) bfloat16, as WanVAE.encode gives them one by one."""
+    mean, _ = encode(vae.model, (pixels_B3THW.float() / 127.5 - 1).to(vae.dtype))
+    return ((mean - vae.latent_mean) / vae.latent_std).bfloat16()
 
 
 def weights(look: Look, pose: Pose, side: int) -> Tensor:

@@ -80,35 +80,32 @@ def losses(model: CausalDiT, group: Group, step: int, *, blocks: int, teach: boo
     noise_source = torch.Generator(device).manual_seed(step)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         known = known_conditions(model, group, start, blocks, generator.random() < 0.75)
-    wanted = [block.float() for block in group.latents[:, start : start + blocks].unbind(1)]
-    weight = [block.float() for block in group.weight[:, start : start + blocks].unbind(1)]
+    wanted, weight = (x[:, start : start + blocks].transpose(0, 1).float() for x in (group.latents, group.weight))
 
-    def noise() -> list[Tensor]:
-        return [torch.randn(x.shape, generator=noise_source, device=device) for x in wanted]
+    def noise() -> Tensor:
+        return torch.randn(wanted.shape, generator=noise_source, device=device)
 
     visited = _levels_to_teach(generator) if teach else levels(SamplingConfig(steps=generator.choice(STEPS)))[:-2]
     latents = noise()
     total, parts = 0.0, {}
     for number, level in enumerate(visited):
         if teach:
-            latents = [level * e + (1 - level) * x for e, x in zip(noise(), wanted, strict=True)]
+            latents = level * noise() + (1 - level) * wanted
         distances = [generator.randint(*DISTANCE_RANGE) for _ in wanted]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            flow = velocities(model, known, latents, timestep(level), distances)
+            flow = velocities(model, known, latents, timestep(level), distances).float()
         # the straight way from here to the truth, however we came here
-        errors = [v.float() - (now - x) / level for v, now, x in zip(flow, latents, wanted, strict=True)]
-        squares = torch.stack([e.square() for e in errors])
-        heavy = torch.stack(weight)
-        total = total + (squares * heavy).mean() / heavy.mean() / len(visited)
+        squares = (flow - (latents - wanted) / level).square()
+        total = total + (squares * weight).mean() / weight.mean() / len(visited)
         if number == 0:
             parts["first"] = squares.mean() * level**2
         if number == len(visited) - 1:
-            lips = (heavy > EYES + 1).float()
+            lips = (weight > EYES + 1).float()
             parts["last"] = squares.mean() * level**2
             parts["lips"] = (squares * lips).sum() / lips.expand_as(squares).sum().clamp(min=1) * level**2
         if not teach:
             following = visited[number + 1] if number + 1 < len(visited) else 0.0
-            latents = [(now + (following - level) * v.float()).detach() for now, v in zip(latents, flow, strict=True)]
+            latents = latents + (following - level) * flow.detach()
     return {"loss": total, **parts}
 
 
