@@ -1,7 +1,8 @@
-"""A tiny model in the real file layouts, for tests and for trying the whole path without a download.
+"""A small model in the real file layouts, for trying the whole path without a download: the trained one that lies
+beside this package (`training/`), or, where there is none and in tests, a tiny random one that is written here.
 
-Real classes, real names, real formats; only the sizes are small. The weights are random, so the pictures are noise:
-the demo shows that everything fits together and how fast, never how a video looks.
+Real classes, real names, real formats; only the sizes are small. Pictures of random weights are noise: they show that
+everything fits together and how fast, never how a video looks.
 """
 
 import io
@@ -15,12 +16,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from liveavatar_core.config import ModelConfig
+from liveavatar_core.config import LoraSpec, ModelConfig, ModelSpec
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import empty_dit
-from liveavatar_core.weights.layout import lora_targets
+from liveavatar_core.weights.file import SafetensorsFile
+from liveavatar_core.weights.layout import infer_config, lora_targets
+from liveavatar_core.weights.reader import open_weights
 
-ABOUT = "Live Avatar demo model: random weights, so every picture it makes is noise."
+SHIPPED = Path(__file__).parents[1] / "models"  # a clone's and the registry's; a wheel has none
+
+_ABOUT = "Live Avatar demo model: random weights, so every picture it makes is noise."
 
 DEMO_CONFIG = ModelConfig(
     dim=64,
@@ -34,10 +39,9 @@ DEMO_CONFIG = ModelConfig(
     text_len=64,
     freq_dim=64,
 )
-# Where the text encoder differs from umT5-XXL; the names are those of its config in transformers and in ComfyUI.
-DEMO_TEXT_CONFIG = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
+_TEXT = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
 
-_VERSION = 1  # raise it when any written byte changes
+_VERSION = 2  # raise it when any written byte changes
 _STAMP = "demo.json"
 _LORA_RANK = 4
 _VAE_DIM, _LATENT = 8, 16
@@ -60,13 +64,13 @@ A friendly teacher reads a story to the children; the picture is sharp, warm and
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """Where `write_demo` puts things. `root` can also serve as a folder of ComfyUI models."""
+    """Where the parts of a demo model lie. `root` can also serve as a folder of ComfyUI models."""
 
     root: Path
 
     @property
     def shards(self) -> Path:
-        """Folder in the official layout: index, shards, config.json."""
+        """Folder in the official layout: index, shards, config.json. Only the random model has it, and the LoRA."""
         return self.root / "Wan2.2-S2V-14B"
 
     @property
@@ -92,16 +96,67 @@ class DemoFiles:
         return self.root / "audio_encoders" / "live_avatar_demo_wav2vec2"
 
     @property
+    def model(self) -> ModelSpec:
+        """Shards with the LoRA where they are, so that both are tried; else the single file."""
+        return ModelSpec(self.shards, (LoraSpec(self.lora),)) if self.shards.is_dir() else ModelSpec(self.single_file)
+
+    @property
     def config(self) -> ModelConfig:
-        return DEMO_CONFIG
+        with open_weights(self.single_file) as reader:
+            return infer_config(reader.infos(), reader.config)
 
     @property
     def text_config(self) -> dict[str, int]:
-        return dict(DEMO_TEXT_CONFIG)
+        """Where the text encoder differs from umT5-XXL; names as in its config in transformers and in ComfyUI."""
+        shapes = {name: info.shape for name, info in SafetensorsFile(self.text_encoder).infos.items()}
+        layer = "encoder.block.0.layer"
+        vocabulary, width = shapes["shared.weight"]
+        heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"][1]
+        return {
+            "d_model": width,
+            "d_ff": shapes[f"{layer}.1.DenseReluDense.wi_0.weight"][0],
+            "d_kv": shapes[f"{layer}.0.SelfAttention.q.weight"][0] // heads,
+            "num_heads": heads,
+            "num_layers": sum(name.endswith("SelfAttention.q.weight") for name in shapes),
+            "vocab_size": vocabulary,
+        }
+
+    @property
+    def about(self) -> str:
+        """In a sentence: what these weights are."""
+        return self._stamp()["about"]
+
+    @property
+    def exists(self) -> bool:
+        return (self.root / _STAMP).is_file()
+
+    def check(self) -> None:
+        """Raises WeightsError unless every file of weights is as long as it was when it was written."""
+        for name, size in self._stamp()["bytes"].items():
+            path = self.root / name
+            found = path.stat().st_size if path.is_file() else 0
+            if found != size:
+                raise WeightsError(f"{path} has {found} bytes, the demo model's has {size}; get this pack again")
+
+    def stamp(self, **said: object) -> None:
+        """Write down what these weights are, once all are there."""
+        _write_json(self.root / _STAMP, said | {"bytes": _sizes(self.root)})
+
+    def _stamp(self) -> dict:
+        return json.loads((self.root / _STAMP).read_text(encoding="utf-8"))
+
+
+def demo_files(cache: Path, shipped: Path = SHIPPED) -> DemoFiles:
+    """The trained model if there is one, else the random one, which is written to `cache` or is there already."""
+    trained = DemoFiles(shipped)
+    if not trained.exists:
+        return write_demo(cache)
+    trained.check()
+    return trained
 
 
 def write_demo(root: Path | str, seed: int = 0) -> DemoFiles:
-    """Write the demo below `root`, or reuse what is there when complete and of this version and seed.
+    """Write the random model below `root`, or reuse what is there when complete and of this version and seed.
 
     Appears at once or not at all. Raises WeightsError for a folder that holds something else.
     """
@@ -118,7 +173,7 @@ def write_demo(root: Path | str, seed: int = 0) -> DemoFiles:
         _save(fresh.vae, _draw_all(vae_shapes(_VAE_DIM), seed))
         _save(fresh.text_encoder, _draw_all(_text_shapes(), seed) | {"spiece_model": train_tokenizer()})
         _write_speech_encoder(fresh.speech_encoder, seed)
-        _write_json(fresh.root / _STAMP, _stamp(fresh.root, seed))
+        fresh.stamp(**_said(seed))
         _publish(fresh.root, root, seed)
     return DemoFiles(root)
 
@@ -183,7 +238,7 @@ def _lora_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _text_shapes() -> dict[str, tuple[int, ...]]:
-    sizes = DEMO_TEXT_CONFIG
+    sizes = _TEXT
     dim, hidden, inner = sizes["d_model"], sizes["d_ff"], sizes["d_kv"] * sizes["num_heads"]
     shapes = {"shared.weight": (sizes["vocab_size"], dim), "encoder.final_layer_norm.weight": (dim,)}
     for i in range(sizes["num_layers"]):
@@ -245,7 +300,7 @@ def draw(name: str, noise: Tensor) -> Tensor:
     elif name == "shared.weight":
         values = noise
     elif name.endswith("SelfAttention.q.weight"):
-        values = noise / sqrt(noise.shape[1] * DEMO_TEXT_CONFIG["d_kv"])  # T5 does not scale its scores
+        values = noise / sqrt(noise.shape[1] * _TEXT["d_kv"])  # T5 does not scale its scores
     else:
         values = noise / sqrt(prod(noise.shape[1:]))
     return values.bfloat16()
@@ -356,10 +411,13 @@ def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _stamp(root: Path, seed: int) -> dict:
-    files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != _STAMP)
-    sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in files}
-    return {"about": ABOUT, "version": _VERSION, "seed": seed, "bytes": sizes}
+def _said(seed: int) -> dict[str, object]:
+    return {"about": _ABOUT, "version": _VERSION, "seed": seed}
+
+
+def _sizes(root: Path) -> dict[str, int]:
+    """Of the weights alone: the text files beside them may get other line ends on the way."""
+    return {path.relative_to(root).as_posix(): path.stat().st_size for path in sorted(root.rglob("*.safetensors"))}
 
 
 def _is_complete(root: Path, seed: int) -> bool:
@@ -367,7 +425,7 @@ def _is_complete(root: Path, seed: int) -> bool:
         stamp = json.loads((root / _STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return stamp == _stamp(root, seed)
+    return stamp == _said(seed) | {"bytes": _sizes(root)}
 
 
 def _publish(fresh: Path, root: Path, seed: int) -> None:

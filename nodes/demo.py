@@ -1,4 +1,4 @@
-"""A loader for the demo model: the sockets of the real loaders, filled with tiny files that the engine writes."""
+"""A loader for the demo model: the sockets of the real loaders, filled with small files."""
 
 import json
 from pathlib import Path
@@ -10,8 +10,6 @@ import comfy.utils
 import folder_paths
 from comfy.audio_encoders.audio_encoders import AudioEncoderModel
 from comfy_api.latest import io
-
-from liveavatar_core.config import LoraSpec, ModelSpec
 
 from . import host
 from .types import CATEGORY, ModelSocket
@@ -27,14 +25,6 @@ class DemoLoader(io.ComfyNode):
             description="A tiny model of the real classes, for trying nodes and workflows on any machine. Its weights "
             "are random: the picture is noise. For a real video use the Model Loader and the real files.",
             search_aliases=["test model", "example", "try"],
-            inputs=[
-                io.Boolean.Input(
-                    "single_file",
-                    default=False,
-                    advanced=True,
-                    tooltip="Read the one-file layout of ComfyUI instead of the official shards; the same weights.",
-                )
-            ],
             hidden=[io.Hidden.unique_id],
             outputs=[
                 ModelSocket.Output("LIVEAVATAR_MODEL", display_name="model", tooltip="In place of a Model Loader."),
@@ -45,13 +35,12 @@ class DemoLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, single_file) -> io.NodeOutput:
-        from liveavatar_core.demo import ABOUT, write_demo
+    def execute(cls) -> io.NodeOutput:
+        from liveavatar_core.demo import demo_files
 
-        files = write_demo(Path(folder_paths.models_dir) / "liveavatar" / "demo")
-        host.say(cls.hidden.unique_id, ABOUT)
-        model = ModelSpec(files.single_file if single_file else files.shards, (LoraSpec(files.lora),))
-        return io.NodeOutput(model, _clip(files), _vae(files), _audio_encoder(files))
+        files = demo_files(Path(folder_paths.models_dir) / "liveavatar" / "demo")
+        host.say(cls.hidden.unique_id, files.about)
+        return io.NodeOutput(files.model, _clip(files), _vae(files), _audio_encoder(files))
 
 
 def _clip(files) -> comfy.sd.CLIP:

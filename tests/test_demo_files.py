@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, vae_shapes, write_demo
+from liveavatar_core.config import LoraSpec, ModelSpec
+from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, demo_files, vae_shapes, write_demo
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import load_dit
 from liveavatar_core.weights.layout import infer_config
@@ -59,6 +61,22 @@ def test_never_replaces_what_is_not_a_demo(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="not empty and holds no demo"):
         write_demo(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_the_trained_model_is_taken_where_there_is_one(demo: DemoFiles, tmp_path: Path) -> None:
+    shipped = tmp_path / "models"
+    assert demo_files(demo.root, shipped) == demo and demo.model == ModelSpec(demo.shards, (LoraSpec(demo.lora),))
+    trained = DemoFiles(shipped)
+    for folder in ("diffusion_models", "vae", "text_encoders", "audio_encoders"):
+        shutil.copytree(demo.root / folder, trained.root / folder)
+    assert demo_files(demo.root, shipped) == demo, "not finished yet"
+    trained.stamp(about="trained on drawings")
+    assert demo_files(tmp_path / "cache", shipped) == trained and not (tmp_path / "cache").exists()
+    assert trained.model == ModelSpec(trained.single_file) and trained.about == "trained on drawings"
+    assert trained.config == DEMO_CONFIG and trained.text_config == demo.text_config
+    trained.vae.write_bytes(trained.vae.read_bytes()[:-1])
+    with pytest.raises(WeightsError, match="vae.safetensors has .* bytes.*get this pack again"):
+        demo_files(demo.root, shipped)
 
 
 def test_both_dit_layouts_hold_the_same_model(demo: DemoFiles) -> None:
@@ -153,7 +171,9 @@ from comfy.audio_encoders.audio_encoders import AudioEncoderModel
 from comfy.text_encoders.wan import WanT5Model, WanT5Tokenizer
 
 from liveavatar_core.demo import DEMO_CONFIG, DemoFiles
+from training.speaker import read_text_encoder
 
+PROMPT = "A woman talks, Soft light. 你好"
 demo = DemoFiles(Path(sys.stdin.read()))
 weights = comfy.utils.load_torch_file(str(demo.vae))
 vae = comfy.sd.VAE(sd=weights)
@@ -166,8 +186,13 @@ tokenizer = WanT5Tokenizer(tokenizer_data={"spiece_model": weights.pop("spiece_m
 encoder = WanT5Model(dtype=torch.float32, model_options={"umt5xxl_model_config": demo.text_config})
 result = encoder.load_sd(weights)
 assert not result.missing_keys and not result.unexpected_keys, result
-states = encoder.encode_token_weights(tokenizer.tokenize_with_weights("A woman talks."))[0]
+states = encoder.encode_token_weights(tokenizer.tokenize_with_weights(PROMPT))[0]
 assert states.shape == (1, 512, DEMO_CONFIG.text_dim)
+# what a model was trained with is what it will be given
+expected = read_text_encoder(demo)([PROMPT])
+length = expected.shape[1]
+torch.testing.assert_close(states[:, :length].float(), expected, rtol=1e-3, atol=1e-4)
+assert expected.any() and not states[:, length:].any()
 
 weights = comfy.utils.load_torch_file(str(demo.speech_encoder / "model.safetensors"))
 weights = comfy.utils.state_dict_prefix_replace(weights, {"wav2vec2.": ""})

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
-from liveavatar_core.config import ModelConfig
+from liveavatar_core.config import ModelConfig, ModelSpec
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech, hidden_length, load_speech_encoder
 from liveavatar_core.encoders.vae import WanVAE, load_vae, read_vae
 from liveavatar_core.geometry import FRAMES_PER_BLOCK
@@ -29,7 +29,8 @@ from training.front import mouth_at_states, new_front, normalised
 from training.lips import read_opening
 from training.pool import Pool
 from training.prompts import NAMED, draw_wish, write
-from training.sizes import DEMO
+from training.sizes import DEMO, TEXT
+from training.speaker import read_text_encoder
 from training.speech.sounds import Sound, music
 from training.text import Reader, encode_prompts, labels, read_tokenizer, tokenize
 from training.world.looks import KINDS, draw_look, is_held_out
@@ -306,8 +307,10 @@ def test_exported_files_are_read_by_the_engine(tmp_path):
     read_tokenizer(tmp_path)
     export_vae(tmp_path, SIDE, clips=2)
     files = export_all(tmp_path, tmp_path / "files")
+    assert files.exists and files.model == ModelSpec(files.single_file) and "random" not in files.about
+    files.check()
     reader = open_weights(files.single_file)
-    assert infer_config(reader.infos(), reader.config) == DEMO
+    assert infer_config(reader.infos(), reader.config) == files.config == DEMO
     dit = load_dit(reader, DEMO, dtype=torch.float32, device="cpu").state_dict()
     assert all(torch.equal(dit[name], t.bfloat16().float()) for name, t in made["dit"].state_dict().items())
     assert read_vae(files.vae, dtype=torch.float32, device="cpu").model.config.base_dim == 4
@@ -318,4 +321,8 @@ def test_exported_files_are_read_by_the_engine(tmp_path):
         assert torch.equal(speech(wave), Wav2Vec2Speech(made["front"].wav2vec2)(wave))
     text = load_file(files.text_encoder)
     assert text["spiece_model"].numpy().tobytes() == (tmp_path / "spiece.model").read_bytes()
-    assert text["shared.weight"].shape[1] == DEMO.text_dim
+    assert files.text_config == TEXT
+    encoder = made["text"].eval().bfloat16().float().encoder
+    prompt = ["An elf is nodding in a forge, candlelight"]
+    expected = encode_prompts(encoder, read_tokenizer(tmp_path), prompt)
+    torch.testing.assert_close(read_text_encoder(files)(prompt), expected)

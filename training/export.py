@@ -1,7 +1,7 @@
 """Finished weights in the layouts in which the real files are published.
 
 python -m training.export vae --folder .train             the VAE with scaled latents, for the stages after it
-python -m training.export all --folder .train --to DIR    everything, as DemoFiles has it
+python -m training.export all --folder .train --to models  everything, as DemoFiles has it: the demo model from then on
 """
 
 import argparse
@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from liveavatar_core.demo import DemoFiles, vae_shapes
-from liveavatar_core.geometry import SAMPLE_RATE
+from liveavatar_core.geometry import DEFAULT_FPS, SAMPLE_RATE
 from liveavatar_core.weights.layout import official_config
 from training.front import new_front
-from training.run import read_weights
+from training.run import read_log, read_weights
 from training.sizes import DEMO, SIDE
 from training.text import TOKENIZER
 from training.vae import draw_clip, new_vae, normalise
 
 VAE_FILE = "vae.safetensors"
+STAGES = ("vae", "front", "text", "dit")
 _METADATA = {"format": "pt"}
 
 
@@ -93,6 +94,11 @@ def export_all(folder: Path, to: Path) -> DemoFiles:
     _save(files.vae, load_file(folder / VAE_FILE))
     export_text(folder, files.text_encoder)
     export_front(folder, files.speech_encoder)
+    files.stamp(
+        about=f"Live Avatar demo model: small, trained on drawn faces and computer voices at {SIDE}x{SIDE} and "
+        f"{DEFAULT_FPS} frames a second; models/MODEL_CARD.md says what it can do.",
+        training={stage: history[-1] for stage in STAGES if (history := read_log(folder, stage))},
+    )
     return files
 
 

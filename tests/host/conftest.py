@@ -58,10 +58,19 @@ def server(tmp_path_factory: pytest.TempPathFactory, artefacts: Path):
         Path(tree),
         base=base,
         log=artefacts / "comfyui.log",
-        packs={PACK: ROOT, "TinyHost": HERE / "tiny_host", "HandMade": HERE / "hand_made"},
+        packs={PACK: untrained(base / "pack"), "TinyHost": HERE / "tiny_host", "HandMade": HERE / "hand_made"},
         variables={"LIVEAVATAR_TINY_HOST": str(base / "tiny_host.json")},
     ) as running:
         yield running
+
+
+def untrained(folder: Path) -> Path:
+    """The pack but for its trained model, so that the demo is the tiny random one."""
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if entry.name != "models":
+            (folder / entry.name).symlink_to(entry)
+    return folder
 
 
 @dataclass

@@ -41,6 +41,6 @@ def test_the_page_opens_under_the_nodes_name_with_its_picture(seen) -> None:
 def test_nodes_speak_chinese(seen) -> None:
     for node, page in seen["zh"].items():
         assert CHINESE.search(page["title"]), node
-        assert page["inputs"] != seen["en"][node]["inputs"], node
+        assert not page["inputs"] or page["inputs"] != seen["en"][node]["inputs"], node
     assert seen["zh"]["LiveAvatar_Preset"]["choices"] == {"preset": "标准：688×368，4 步，前 192 秒"}
     assert seen["en"]["LiveAvatar_Preset"]["choices"] == {"preset": "standard: 688*368, 4 steps, first 192 s"}

@@ -88,11 +88,13 @@ def test_it_works_where_it_is_put(way, server, artefacts, tmp_path, request) -> 
 def test_the_zip_holds_what_is_needed(archive) -> None:
     names = set(zipfile.ZipFile(archive).namelist())
     folders = {name.split("/")[0] for name in names if "/" in name}
-    assert folders == {"assets", "liveavatar_core", "locales", "nodes", "subgraphs", "web", "workflows"}
+    assert folders == {"assets", "liveavatar_core", "locales", "models", "nodes", "subgraphs", "web", "workflows"}
     assert {name for name in names if "/" not in name} == {
         *("__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt")
     }
-    assert archive.stat().st_size < 3_000_000
+    sizes = {entry.filename: entry.compress_size for entry in zipfile.ZipFile(archive).infolist()}
+    model = sum(size for name, size in sizes.items() if name.startswith("models/"))
+    assert model < 40_000_000 and sum(sizes.values()) - model < 3_000_000
 
 
 def test_the_wheel_holds_the_engine(unpacked, tmp_path) -> None:

@@ -130,7 +130,7 @@ def test_frames_and_sound_for_stock_nodes(run_workflow):
 def test_the_prompt_that_is_sent_can_be_seen(run_workflow):
     text = {"text": "A dwarf in a forge, warm lighting.", "style": "Pixar style", "lighting": "warm lighting"}
     workflow = {
-        "demo": {"class_type": "LiveAvatar_DemoLoader", "inputs": {"single_file": False}},
+        "demo": {"class_type": "LiveAvatar_DemoLoader", "inputs": {}},
         "prompt": {
             "class_type": "LiveAvatar_PromptConditioner",
             "inputs": {"clip": ["demo", 1], "action": "laughing heartily", **text},
