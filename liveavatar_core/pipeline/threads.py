@@ -2,6 +2,12 @@
 
 Links are first in, first out, so every stage still sees its blocks in order at each step; late audio changes when a
 picture arrives, never what it shows.
+
+Threads and not processes, though they share one GIL: with CUDA graphs two stages cost the host 13 ms a block each
+either way, eight cost 23 ms in threads and 6 in processes, of the 90 that eight GPUs would need for one; and payloads
+need no serialisation, one model serves all stages of a card, Windows works. Eager launches suffer: 37 ms alone become
+518 with eight threads, which is the price of a stream's first nine blocks (bench/threads_or_processes.py, two H200s,
+bench/results/threads_or_processes_2026-11-22.md).
 """
 
 import logging
