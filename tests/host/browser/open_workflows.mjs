@@ -14,6 +14,9 @@ const shoot = (name) => page.screenshot({ path: join(shots, `${name}.png`) })
 const read = (path) => JSON.parse(readFileSync(path, 'utf8'))
 const names = readdirSync(folder).filter((name) => name.endsWith('.json')).map((name) => basename(name, '.json'))
 const seen = {}
+const loading = new Set()
+page.on('request', (request) => loading.add(request))
+for (const end of ['requestfinished', 'requestfailed']) page.on(end, (request) => loading.delete(request))
 
 try {
   for (const name of names) {
@@ -47,9 +50,9 @@ async function speak(language) {
 }
 
 async function open(name, workflow) {
-  const opened = await page.evaluate(async ([workflow, name]) => {
-    await app.loadGraphData(workflow, true, true, name)
-    await new Promise((done) => setTimeout(done, 500)) // widgets fetch their previews
+  await page.evaluate(([workflow, name]) => app.loadGraphData(workflow, true, true, name), [workflow, name])
+  await settled() // widgets fetch their previews
+  const opened = await page.evaluate(async () => {
     app.canvas.min_font_size_for_lod = 0 // small print, too
     await app.extensionManager.command.execute('Comfy.Canvas.FitView')
     const nodes = []
@@ -64,9 +67,25 @@ async function open(name, workflow) {
       boxes: app.graph.nodes.map(box),
       api: (await app.graphToPrompt()).output,
     }
-  }, [workflow, name])
-  await page.waitForTimeout(700) // the fitted view is animated
+  })
+  await settled() // the fitted view is animated
   return opened
+}
+
+// Nothing is being fetched and the view has stood still for a while; sounds may be fetched as long as they please.
+async function settled() {
+  const deadline = Date.now() + 700
+  do {
+    await page.evaluate(async () => {
+      const frame = () => new Promise((done) => requestAnimationFrame(done))
+      for (let same = 0, before; same < 4; ) {
+        await frame()
+        const view = String([app.canvas.ds.scale, ...app.canvas.ds.offset])
+        same = view === before ? same + 1 : 0
+        before = view
+      }
+    })
+  } while (loading.size && Date.now() < deadline)
 }
 
 // Full size takes a GPU; a person without one would choose a small picture and a short sound, in the same widgets.
@@ -106,7 +125,12 @@ function amidStockNodes(workflow) {
 async function pressRun() {
   const [answer] = await Promise.all([
     page.waitForResponse((response) => response.url().endsWith('/prompt') && response.request().method() === 'POST'),
-    page.evaluate(() => app.queuePrompt(0)),
+    page.evaluate(() => {
+      window.ended = false
+      for (const end of ['execution_success', 'execution_error', 'execution_interrupted'])
+        app.api.addEventListener(end, () => (window.ended = true), { once: true })
+      return app.queuePrompt(0)
+    }),
   ])
   const queued = await answer.json()
   if (answer.status() !== 200 || Object.keys(queued.node_errors ?? {}).length) return { status: 'refused', detail: queued }
@@ -115,7 +139,8 @@ async function pressRun() {
     const history = await (await fetch(`${url}/history/${queued.prompt_id}`)).json()
     const entry = history[queued.prompt_id]
     if (entry) {
-      await page.waitForTimeout(500) // the results are shown
+      await page.waitForFunction(() => window.ended)
+      await settled() // the results are shown
       return { status: entry.status.status_str, detail: entry.status.messages }
     }
     await page.waitForTimeout(100)
