@@ -20,10 +20,11 @@ class DemoLoader(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LiveAvatar_DemoLoader",
-            display_name="Live Avatar Demo Model (random weights)",
+            display_name="Live Avatar Demo Model",
             category=CATEGORY,
-            description="A tiny model of the real classes, for trying nodes and workflows on any machine. Its weights "
-            "are random: the picture is noise. For a real video use the Model Loader and the real files.",
+            description="A small model of the real classes, for trying nodes and workflows on any machine. When it "
+            "runs, it says what its weights are: trained on drawn faces, or random, and then the picture is noise. For "
+            "a real video use the Model Loader and the real files.",
             search_aliases=["test model", "example", "try"],
             hidden=[io.Hidden.unique_id],
             outputs=[

@@ -1,7 +1,8 @@
 """A finished demo model at work: its files through the engine's loaders and streams, as in ComfyUI but without it."""
 
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from training.dit.clips import STILLS
 from training.text import encode_prompts
 
 TOKENIZER = "spiece_model"
+PRIMING = 4  # blocks after which a decoder hardly sees where it began
 
 
 class BriefStills:
@@ -87,10 +89,26 @@ class Speaker:
 
     def film(self, picture: Tensor, samples: Tensor, prompt: str, frames: int, **settings: object) -> Tensor:
         """(frames, H, W, 3) in 8 bits; the rest as `stream` takes it."""
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            stream = self.stream(Path(folder), picture, samples, prompt, frames, **settings)
-            chunks = frame_chunks(stream.latents(), StreamDecoder(self.vae), stream.portrait[1], frames)
+        with tempfile.TemporaryDirectory() as folder:
+            return self.shown(self.stream(Path(folder), picture, samples, prompt, frames, **settings))
+
+    def shown(self, stream: LatentStream) -> Tensor:
+        with torch.inference_mode():
+            chunks = frame_chunks(stream.latents(), StreamDecoder(self.vae), stream.portrait[1], stream.request.frames)
             return torch.cat([chunk.frames for chunk in chunks])
+
+    def excerpts(self, stream: LatentStream, wanted: Sequence[range]) -> Iterator[Tensor]:
+        """(frames, H, W, 3) of ranges of blocks from block 4 on; what lies between is not decoded."""
+        latents: deque[Tensor] = deque(maxlen=PRIMING + max(map(len, wanted)))
+        with torch.inference_mode():
+            for block, latent in stream.latents():
+                latents.append(latent)
+                for blocks in wanted:
+                    if block == blocks[-1]:
+                        seen = list(latents)[-PRIMING - len(blocks) :]
+                        decoder = StreamDecoder(self.vae)
+                        decoder.prime(torch.cat(seen[:PRIMING], 1))
+                        yield torch.cat([decoder.decode(latent) for latent in seen[PRIMING:]])
 
 
 def read_text_encoder(files: DemoFiles) -> Callable[[list[str]], Tensor]:

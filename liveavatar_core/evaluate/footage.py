@@ -1,15 +1,24 @@
-"""Windows of a video file: frames as they are shown, and the sound that belongs to them."""
+"""Windows of a video file: frames as they are shown, and the sound that belongs to them.
+
+PyAV is imported where a file is read: who has frames already can measure them without it.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy
 import torch
 from torch import Tensor
 
 from liveavatar_core.errors import InputError
+
+if TYPE_CHECKING:
+    import av
+
+
+MICROSECONDS = 1_000_000  # to a second: the unit of a file's duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ def length(path: Path) -> float:
         stream = file.streams.video[0]
         if stream.duration:
             return float(stream.duration * stream.time_base)
-        return float(file.duration or 0) / av.time_base
+        return float(file.duration or 0) / MICROSECONDS
 
 
 def windows(path: Path, starts: Sequence[float], seconds: float) -> Iterator[Window]:
@@ -46,6 +55,8 @@ def windows(path: Path, starts: Sequence[float], seconds: float) -> Iterator[Win
 
 
 def _open(path: Path):
+    import av
+
     try:
         file = av.open(str(path))
     except (OSError, av.FFmpegError) as error:
@@ -56,7 +67,7 @@ def _open(path: Path):
     return file
 
 
-def _frames(file, stream, start: float) -> Iterator[av.VideoFrame]:
+def _frames(file, stream, start: float) -> "Iterator[av.VideoFrame]":
     """Frames shown from `start` on."""
     first = round(start * stream.average_rate)
     file.seek(int(start / stream.time_base), stream=stream)  # to a key frame before it
@@ -66,6 +77,8 @@ def _frames(file, stream, start: float) -> Iterator[av.VideoFrame]:
 
 
 def _sound(file, start: float, seconds: float) -> tuple[Tensor | None, int]:
+    import av
+
     if not file.streams.audio:
         return None, 0
     stream = file.streams.audio[0]

@@ -44,9 +44,9 @@ class Role:
         """Of frames as they are shown; the clock also counts those that a stream drops."""
         return perform(self.sound.mouth, self.action, first, frames, first + FRAMES_DROPPED)
 
-    def truth(self, first: int, frames: int, side: int = SIDE) -> Tensor:
+    def truth(self, first: int, frames: int, side: int = SIDE, device: torch.device | str = "cpu") -> Tensor:
         """(frames, side, side, 3) in 8 bits."""
-        drawn = paint(self.video, self.poses(first, frames), side, side)
+        drawn = paint(self.video, self.poses(first, frames), side, side, device)
         return (drawn.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
@@ -66,7 +66,7 @@ class Take:
 
     def opening(self) -> Tensor:
         """(T,) in 0..1, as the pictures show it."""
-        planes = self._small().permute(0, 3, 1, 2) / 255
+        planes = self.small().permute(0, 3, 1, 2) / 255
         return read_opening(planes, self.role.video, self.role.poses(self.first, len(self.frames)))
 
     def said(self) -> Tensor:
@@ -78,16 +78,18 @@ class Take:
 
     def identity(self) -> float:
         """Likeness to the right video, mean over the frames."""
-        pairs = zip(self._small(), self._truth(), strict=True)
+        pairs = zip(self.small(), self.right(), strict=True)
         return torch.cat([likeness(made[None], right) for made, right in pairs]).mean().item()
 
     def error(self) -> float:
         """Root of the mean square error to the right video; 1 is from black to white."""
-        return ((self._small() - self._truth()) / 255).square().mean().sqrt().item()
+        return ((self.small() - self.right()) / 255).square().mean().sqrt().item()
 
-    def _small(self) -> Tensor:
+    def small(self) -> Tensor:
+        """(T, 128, 128, 3) in 0..255."""
         planes = self.frames.permute(0, 3, 1, 2).float()
         return avg_pool2d(planes, planes.shape[2] // JUDGED_AT).permute(0, 2, 3, 1)
 
-    def _truth(self) -> Tensor:
-        return self.role.truth(self.first, len(self.frames), JUDGED_AT).float()
+    def right(self) -> Tensor:
+        """The right video in this size."""
+        return self.role.truth(self.first, len(self.frames), JUDGED_AT, self.frames.device).float()
