@@ -5,12 +5,19 @@ import torch
 
 from liveavatar_core.config import ModelConfig, SamplingConfig
 from liveavatar_core.geometry import LATENTS_PER_BLOCK, Geometry
-from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.model.dit import CausalDiT, waves
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.sampling import euler, levels, reference_distance, timestep
 from liveavatar_core.types import BlockRequest, Payload
-from training.dit.forward import conditions, gradients, velocities
+from training.dit.forward import (
+    blocks_factors,
+    conditions,
+    gradients,
+    references_factors,
+    sink_factors,
+    velocities,
+)
 
 CONFIG = ModelConfig(
     dim=32,
@@ -83,24 +90,32 @@ def engine(model: CausalDiT, given: dict[str, torch.Tensor], clip: int) -> list[
     return done
 
 
+def known_of(model, given, references: tuple[torch.Tensor, ...], versions: list[int]):
+    return conditions(
+        model,
+        GEOMETRY,
+        text_BSD=torch.nn.functional.pad(given["text"], (0, 0, 0, CONFIG.text_len - 5)),
+        features_BNSDt=given["features"],
+        references_VBCFhw=torch.stack(references),
+        motion_BCFhw=given["motion"],
+        versions_N=torch.tensor(versions),
+        waves_W=waves(0.0, CONFIG.freq_dim),
+        sink_TK2=sink_factors(GEOMETRY, CONFIG.head_dim),
+        factors_NTK2=blocks_factors(GEOMETRY, CONFIG.head_dim, 0, BLOCKS),
+    )
+
+
 def test_all_blocks_at_once_equal_one_after_the_other(model, given):
     want = torch.stack([torch.stack(engine(model, given, clip)) for clip in range(CLIPS)], 1)  # (N, B, C, F, h, w)
     steps = levels(SAMPLING)
-    text = torch.nn.functional.pad(given["text"], (0, 0, 0, CONFIG.text_len - 5))
-    with gradients(fuse=False):
-        known = conditions(
-            model,
-            GEOMETRY,
-            text_BSD=text,
-            features_BNSDt=given["features"],
-            references=(given["reference"], want[0][:, :, :1]),
-            motion_BCFhw=given["motion"],
-            versions=[int(block >= REANCHOR) for block in range(BLOCKS)],
-        )
+    references = given["reference"], want[0][:, :, :1]
+    with gradients():
+        known = known_of(model, given, references, [int(block >= REANCHOR) for block in range(BLOCKS)])
         latents = given["noise"].transpose(0, 1)
         for step, level in enumerate(steps[:-1]):
             distances = [reference_distance(SAMPLING, block, step) for block in range(BLOCKS)]
-            flow = velocities(model, known, latents, timestep(level), distances)
+            table = references_factors(GEOMETRY, CONFIG.head_dim, 0, distances)
+            flow = velocities(model, known, latents, waves(timestep(level), CONFIG.freq_dim), table)
             latents = euler(latents, flow, step, steps)
     # float32 sums in another order: batches of clips, keys side by side instead of in a ring
     torch.testing.assert_close(latents, want, rtol=1e-4, atol=1e-4)
@@ -109,17 +124,11 @@ def test_all_blocks_at_once_equal_one_after_the_other(model, given):
 def test_gradients_reach_every_parameter_and_the_past(model, given):
     model.requires_grad_(True)
     noise = [block.clone().requires_grad_() for block in given["noise"].unbind(1)]
-    with gradients(fuse=False):
-        known = conditions(
-            model,
-            GEOMETRY,
-            text_BSD=given["text"],
-            features_BNSDt=given["features"],
-            references=(given["reference"],),
-            motion_BCFhw=given["motion"],
-            versions=[0] * BLOCKS,
-        )
-        velocities(model, known, torch.stack(noise), 600.0, [9] * BLOCKS)[4].square().sum().backward()
+    table = references_factors(GEOMETRY, CONFIG.head_dim, 0, [9] * BLOCKS)
+    with gradients():
+        known = known_of(model, given, (given["reference"],), [0] * BLOCKS)
+        flow = velocities(model, known, torch.stack(noise), waves(600.0, CONFIG.freq_dim), table)
+        flow[4].square().sum().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     model.requires_grad_(False).zero_grad()
     assert [n for n in silent if not n.startswith("cond_encoder.weight")] == []

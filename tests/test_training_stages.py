@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -14,7 +15,7 @@ from torch.multiprocessing import start_processes
 from liveavatar_core.config import ModelConfig, ModelSpec
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech, hidden_length, load_speech_encoder
 from liveavatar_core.encoders.vae import WanVAE, load_vae, read_vae
-from liveavatar_core.geometry import FRAMES_PER_BLOCK
+from liveavatar_core.geometry import FRAMES_PER_BLOCK, Geometry
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.weights.build import load_dit
 from liveavatar_core.weights.layout import infer_config
@@ -23,9 +24,10 @@ from training import parallel, run, vae
 from training.dit import clips
 from training.dit.clips import Encoders, draw_scene, make_group
 from training.dit.forward import gradients
-from training.dit.train import losses, new_dit
+from training.dit.train import draw_batch, losses, new_dit
 from training.export import export_all, export_vae, official_vae_names
 from training.front import mouth_at_states, new_front, normalised
+from training.graphs import Gradients
 from training.lips import read_opening
 from training.pool import Pool
 from training.prompts import NAMED, draw_wish, write
@@ -80,10 +82,17 @@ def test_the_vae_learns_and_its_next_slice_goes_on(tmp_path, moving):
     model = vae.new_vae(8)
 
     def learn(model, steps):
-        def lose(step):
-            return vae.losses(model, moving[:1, :, :5])
-
-        return run.minimise("vae", model, lose, tmp_path, minutes=2, whole=None, steps=steps, rate=2e-3)
+        learned = Gradients(model, partial(vae.losses, model))
+        return run.minimise(
+            "vae",
+            model,
+            lambda step: learned(moving[:1, :, :5]),
+            tmp_path,
+            minutes=2,
+            whole=None,
+            steps=steps,
+            rate=2e-3,
+        )
 
     assert learn(model, 8) == 8
     resumed = vae.new_vae(8)
@@ -127,11 +136,14 @@ def learn_toy(numbers: list[int], folder: Path) -> torch.Tensor:
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1, bias=False)
 
-    def losses(step: int) -> dict[str, torch.Tensor]:
-        seen = [torch.randn(8, 4, generator=torch.Generator().manual_seed(2 * step + n)) for n in numbers]
+    def losses(*seen: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": torch.stack([(model(x) - x.sum(1, keepdim=True)).square().mean() for x in seen]).mean()}
 
-    run.minimise("toy", model, losses, folder, minutes=1, whole=None, steps=30, rate=0.1)
+    def learn(step: int) -> dict[str, torch.Tensor]:
+        seen = [torch.randn(8, 4, generator=torch.Generator().manual_seed(2 * step + n)) for n in numbers]
+        return Gradients(model, losses)(*seen)
+
+    run.minimise("toy", model, learn, folder, minutes=1, whole=None, steps=30, rate=0.1)
     return model.weight.detach()
 
 
@@ -275,10 +287,12 @@ def test_the_dit_learns(groups, tmp_path, teach):
     model = CausalDiT(CONFIG)
     torch.nn.init.zeros_(model.head.head.weight)
 
-    def lose(step):
-        return losses(model, groups[True], step % 4, blocks=2, teach=teach)
+    learned = Gradients(model, partial(losses, model, Geometry(CLIP_SIDE, CLIP_SIDE), teach))
 
-    with gradients(fuse=False):
+    def lose(step):
+        return learned(*draw_batch(CONFIG, groups[True], step % 4, blocks=2, teach=teach))
+
+    with gradients():
         before = sum(lose(step)["loss"].item() for step in range(4))
         run.minimise("dit", model, lose, tmp_path, minutes=2, whole=None, steps=40, rate=1e-2)
         after = sum(lose(step)["loss"].item() for step in range(4))

@@ -9,6 +9,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -18,6 +19,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from liveavatar_core.encoders.audio_features import HIDDEN_FIELD, HIDDEN_STRIDE, hidden_length
 from liveavatar_core.geometry import SAMPLE_RATE
+from training.graphs import Gradients
 from training.run import minimise, read_log, read_weights
 from training.sizes import SPEECH_DIM, SPEECH_HEADS, SPEECH_LAYERS
 from training.speech.mouths import RATE
@@ -85,7 +87,8 @@ def mouth_at_states(spoken: Sound, first: int, count: int) -> Tensor:
 
 def losses(model: Wav2Vec2ForCTC, waveforms: Tensor, mouths: Tensor) -> dict[str, Tensor]:
     """waveforms (B, N), mouths (B, hidden states, 4)."""
-    with torch.autocast(waveforms.device.type, torch.bfloat16, enabled=waveforms.is_cuda):
+    # no cache: it would outlive a graph's memory
+    with torch.autocast(waveforms.device.type, torch.bfloat16, enabled=waveforms.is_cuda, cache_enabled=False):
         heard = model(waveforms).logits[..., : mouths.shape[-1]].float()
     error = (heard - mouths).square().mean((0, 1))
     # what moves least would be learned last
@@ -131,10 +134,11 @@ def main() -> None:
         model.load_state_dict(weights)
     model.to(device).train()
     batch = batches(sounds, options.batch, device)
+    gradients = Gradients(model, partial(losses, model))
     minimise(
         "front",
         model,
-        lambda step: losses(model, *batch(step)),
+        lambda step: gradients(*batch(step)),
         options.folder,
         minutes=options.minutes,
         whole=options.whole,

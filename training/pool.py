@@ -1,25 +1,54 @@
 """Things that are costly to make and cheap to learn from again: the newest of them, renewed bit by bit."""
 
 import random
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 
 
 class Pool(Generic[Item]):
-    def __init__(self, size: int, make: Callable[[int], Item], *, first_seed: int, begin_with: int) -> None:
-        """`make(seed)` gives one thing. `begin_with` are made at once; the pool grows to `size`."""
+    def __init__(
+        self, size: int, make: Callable[[int], Item], *, first_seed: int, begin_with: int, beside: bool = False
+    ) -> None:
+        """`make(seed)` gives one thing. `begin_with` are made at once; the pool grows to `size`.
+
+        `beside`: later ones are made by a thread, on a stream of its own of the caller's GPU, beside whatever learns.
+        """
         self._make, self._seed = make, first_seed
         self._items: deque[Item] = deque(maxlen=size)
+        self._wanted: threading.Semaphore | None = None
         self.refresh(min(size, begin_with))
+        if beside:
+            self._wanted = threading.Semaphore(0)
+            threading.Thread(target=self._work, args=(torch.cuda.current_device(),), name="pool", daemon=True).start()
 
     def refresh(self, count: int) -> None:
-        """Make `count` things of seeds not used before; where the pool is full the oldest go."""
+        """Make `count` things of seeds not used before, now or when the thread gets to it; of a full pool the oldest
+        go."""
+        if self._wanted is not None:
+            self._wanted.release(count)
+            return
         for _ in range(count):
-            self._items.append(self._make(self._seed))
-            self._seed += 1
+            self._items.append(self._next())
 
     def draw(self, count: int, generator: random.Random) -> list[Item]:
-        return generator.choices(self._items, k=count)
+        return generator.choices(tuple(self._items), k=count)
+
+    def _next(self) -> Item:
+        self._seed += 1
+        return self._make(self._seed - 1)
+
+    def _work(self, device: int) -> None:
+        torch.cuda.set_device(device)
+        stream = torch.cuda.Stream()
+        while True:
+            self._wanted.acquire()
+            with torch.cuda.stream(stream):
+                made = self._next()
+            stream.synchronize()  # whoever draws it works on another stream
+            self._items.append(made)

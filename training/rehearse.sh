@@ -7,8 +7,7 @@ python3 -m training.vae --folder "$work" --minutes 0.6
 python3 -m training.front --folder "$work" --minutes 0.4 --sounds 300
 python3 -m training.export vae --folder "$work"
 dit="python3 -m training.dit.train --models $work --folder $work --sounds 100 --begin 6"
-$dit --minutes 0.4 --blocks 2 --batch 24 --teach
-$dit --minutes 0.4
-$dit --minutes 0.9 --fuse
+$dit --minutes 0.4 --teach
+$dit --minutes 0.9
 python3 -m training.dit.show --models "$work" --folder "$work" --scenes 3
 cp "$work"/*.jpg "$work"/dit.png "$1"

@@ -33,7 +33,7 @@ Losses = Mapping[str, Tensor]  # "loss" is minimised; the others are written dow
 def minimise(
     stage: str,
     model: nn.Module,
-    losses: Callable[[int], Losses],
+    learn: Callable[[int], Losses],
     folder: Path,
     *,
     minutes: float,
@@ -44,6 +44,7 @@ def minimise(
 ) -> int:
     """Train until the minutes are over, or until `steps` in all; returns the step reached.
 
+    `learn(step)` leaves gradients in the parameters and returns the losses (`graphs.Gradients`).
     `folder` has the weights and the log of earlier slices, if any, and gets the new ones. `whole`: minutes of all
     slices together, over which the rate falls along a cosine; None: there is but this one. The model ends with its
     averaged weights. Of several processes (`parallel`) the first one's losses are written down.
@@ -66,8 +67,7 @@ def minimise(
         if spent >= 60 * minutes:
             break
         optimizer.param_groups[0]["lr"] = rate * _warm(step - start) * _cosine((before + spent) / max(whole, 1))
-        values = losses(step)
-        values["loss"].backward()
+        values = learn(step)
         average_gradients(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
         if torch.isfinite(norm):

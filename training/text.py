@@ -7,6 +7,7 @@ import argparse
 import io
 import logging
 import random
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
@@ -15,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from training.graphs import Gradients
 from training.prompts import NAMED, Wish, draw_wish, vocabulary, write
-from training.run import minimise, read_weights
+from training.run import Losses, minimise, read_weights
 from training.sizes import DEMO, TEXT
 from training.speech.sounds import WORDS
 from training.world.looks import KINDS
@@ -114,9 +116,10 @@ def batch(tokenizer, step: int, size: int = 64) -> tuple[Tensor, dict[str, Tenso
     return tokenize(tokenizer, prompts), labels(wishes)
 
 
-def losses(reader: Reader, tokens: Tensor, wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def losses(reader: Reader, tokens: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
+    """`wanted` in the order of NAMED."""
     answers = reader(tokens)
-    parts = {name: F.cross_entropy(answers[name], wanted[name]) for name in NAMED}
+    parts = {name: F.cross_entropy(answers[name], label) for name, label in zip(NAMED, wanted, strict=True)}
     return {"loss": sum(parts.values()), **parts}
 
 
@@ -132,10 +135,16 @@ def main() -> None:
     reader = Reader()
     if weights := read_weights(options.folder, "text"):
         reader.load_state_dict(weights)
+    gradients = Gradients(reader, partial(losses, reader))
+
+    def learn(step: int) -> Losses:
+        tokens, wanted = batch(tokenizer, step)
+        return gradients(tokens, *(wanted[name] for name in NAMED))
+
     minimise(
         "text",
         reader,
-        lambda step: losses(reader, *batch(tokenizer, step)),
+        learn,
         options.folder,
         minutes=options.minutes,
         whole=options.whole,

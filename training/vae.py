@@ -8,6 +8,7 @@ import logging
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from liveavatar_core.geometry import FRAMES_PER_LATENT, LATENTS_PER_BLOCK
+from training.graphs import Gradients
 from training.pool import Pool
 from training.run import minimise, read_log, read_weights
 from training.sizes import SIDE, VAE_DIM
@@ -27,7 +29,7 @@ from training.world.sheet import contact_sheet
 log = logging.getLogger(__name__)
 
 FRAMES = 9  # a first frame and two latents of four
-POOL, FRESH = 2048, 2  # clips kept, and new ones a step
+POOL, OLD = 2048, 2  # clips kept, and steps until there is a new one
 KL, EDGES = 1e-3, 0.5
 
 
@@ -75,7 +77,8 @@ def _caches(coder: nn.Module) -> list:
 
 def losses(model: AutoencoderKLWan, frames: Tensor) -> dict[str, Tensor]:
     """frames (B, 3, T, H, W) in [-1, 1]."""
-    with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
+    # no cache: it would outlive a graph's memory
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda, cache_enabled=False):
         mean, log_variance = encode(model, frames)
         drawn = decode(model, mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
     pixels = (drawn - frames).abs().mean()
@@ -127,10 +130,11 @@ def batches(
     def make(seed: int) -> Tensor:
         return draw_clip(seed, side, device)
 
-    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with)
+    beside = torch.device(device).type == "cuda"
+    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, beside=beside)
 
     def batch(step: int) -> Tensor:
-        pool.refresh(FRESH)
+        pool.refresh(int(step % OLD == 0))
         generator = random.Random(step)
         close = step % 2 == 0
         frames = torch.stack(pool.draw(4 * size if close else size, generator)).float() / 127.5 - 1
@@ -165,7 +169,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=3)
     parser.add_argument("--dim", type=int, default=VAE_DIM)
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--begin", type=int, default=256, help="clips drawn before the first step")
@@ -178,16 +182,18 @@ def main() -> None:
         model.load_state_dict(weights)
     model = model.to(device)
     if device == "cuda":
+        torch.backends.cudnn.benchmark = True
         for parameter in model.parameters():
             if parameter.dim() == 5:  # convolutions of few channels like them side by side
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     reached = read_log(options.folder, "vae")
-    seed = (reached[-1]["step"] if reached else 0) * FRESH + 10_000
+    seed = (reached[-1]["step"] if reached else 0) + 10_000
     batch = batches(device, side=options.side, size=options.batch, first_seed=seed, begin_with=options.begin)
+    gradients = Gradients(model, partial(losses, model))
     minimise(
         "vae",
         model,
-        lambda step: losses(model, batch(step)),
+        lambda step: gradients(batch(step)),
         options.folder,
         minutes=options.minutes,
         whole=options.whole,

@@ -92,9 +92,11 @@ class CausalDiT(nn.Module):
 
     def time_table(self, timestep: float) -> TimeTable:
         """Modulation at one timestep (1000 * sigma), unrounded."""
-        half = self.config.freq_dim // 2
-        angles = timestep * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-        x = torch.cat((angles.cos(), angles.sin())).float().to(self.time_embedding[0].weight.device)
+        return self.modulate(waves(timestep, self.config.freq_dim).to(self.time_embedding[0].weight.device))
+
+    def modulate(self, waves_W: Tensor) -> TimeTable:
+        """The same of a timestep's waves."""
+        x = waves_W
         for module in self.time_embedding:
             x = _linear32(module, x) if isinstance(module, nn.Linear) else module(x)
         return TimeTable(x, _linear32(self.time_projection[1], F.silu(x)).unflatten(0, (6, -1)))
@@ -145,6 +147,13 @@ class CausalDiT(nn.Module):
     def velocity(self, x_BTD: Tensor, time: TimeTable, grid: tuple[int, int]) -> Tensor:
         """Tokens after the last layer -> (C, F, h, w): noise minus picture."""
         return unpatchify(self.head(x_BTD, time.embedding), grid, self.config.channels)
+
+
+def waves(timestep: float, width: int) -> Tensor:
+    """(width,) float32 on the CPU: how the time embedding sees a timestep."""
+    half = width // 2
+    angles = timestep * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+    return torch.cat((angles.cos(), angles.sin())).float()
 
 
 def unpatchify(patches_BTP: Tensor, grid: tuple[int, int], channels: int) -> Tensor:

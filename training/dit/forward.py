@@ -30,23 +30,12 @@ from liveavatar_core.model.rope import (
     reference_position,
 )
 
-_FUSED = ("norm", "add_norm", "gated", "gelu", "rotate", "rms_norm")  # pointwise functions that the layers call
-
 
 @contextmanager
-def gradients(*, fuse: bool) -> Iterator[None]:
-    """The engine's kernels know no gradients: inside, the plain forms run. `fuse`: through torch.compile."""
-    with (
-        patch.object(pointwise, "_kernels", lambda device: None),
-        patch.object(layers, "attend", _attend),
-    ):
-        if not fuse:
-            yield
-            return
-        torch._dynamo.config.recompile_limit = 64  # a few shapes and flags each
-        fused = {name: torch.compile(getattr(pointwise, name), dynamic=False) for name in _FUSED}
-        with patch.multiple(layers, **fused):
-            yield
+def gradients() -> Iterator[None]:
+    """The engine's kernels know no gradients: inside, the plain forms run."""
+    with patch.object(pointwise, "_kernels", lambda device: None), patch.object(layers, "attend", _attend):
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +78,7 @@ class Sink:
 class Conditions:
     """What does not depend on the noise level, once for all levels; of N B."""
 
-    geometry: Geometry
-    first_block: int  # of the stream, where these clips begin
+    grid: tuple[int, int]
     factors: Tensor  # (N B, T, K/2, 2) of the noisy tokens
     text: list[KeyValue]  # by layer
     heard: list[Heard]  # by injection; every latent frame of every clip is one of the model's frames
@@ -103,44 +91,51 @@ def conditions(
     *,
     text_BSD: Tensor,
     features_BNSDt: Tensor,
-    references: Sequence[Tensor],
+    references_VBCFhw: Tensor,
     motion_BCFhw: Tensor,
-    versions: Sequence[int],
-    first_block: int = 0,
+    versions_N: Tensor,
+    waves_W: Tensor,
+    sink_TK2: Tensor,
+    factors_NTK2: Tensor,
 ) -> Conditions:
-    """`text` zero beyond its end, `features` (B, N, states, width, 12), `references` (B, C, 1, h, w) by version of the
-    attention sink, `versions` by block: the sink it looks at."""
+    """`text` zero beyond its end, `features` (B, N, states, width, 12), `references` by version of the attention sink,
+    `versions` int64, the sink that each block looks at, `waves` of timestep 0, `sink` as `sink_factors` and `factors`
+    as `blocks_factors` make them."""
     clips, blocks = features_BNSDt.shape[:2]
     text = [(k.squeeze(1), v.squeeze(1)) for k, v in torch.vmap(model.embed_text)(text_BSD)]
     audio = model.casual_audio_encoder.block(features_BNSDt.transpose(0, 1).flatten(0, 1), model.dtype)
     one = replace(audio, local=audio.local.flatten(0, 1)[None], pooled=audio.pooled.flatten(0, 1)[None])
-    made = [_prefill(model, geometry, text, reference, motion_BCFhw) for reference in references]
-    first = LATENTS_PER_BLOCK * first_block
-    times = range(first, first + LATENTS_PER_BLOCK * blocks)
+    modulation = model.modulate(waves_W).modulation
+    made = [
+        _prefill(model, geometry, text, reference, motion_BCFhw, modulation, sink_TK2)
+        for reference in references_VBCFhw
+    ]
     return Conditions(
-        geometry,
-        first_block,
-        _for_clips(_factors(model, geometry, times).unflatten(0, (blocks, -1)), clips),
+        geometry.grid,
+        factors_NTK2.repeat_interleave(clips, 0),
         [(k.repeat(blocks, 1, 1, 1), v.repeat(blocks, 1, 1, 1)) for k, v in text],
         [model.audio_injector.hear(injection, one) for injection in range(len(model.config.audio_layers))],
-        [_chosen(sinks, versions) for sinks in zip(*made, strict=True)],
+        [_chosen(sinks, versions_N) for sinks in zip(*made, strict=True)],
     )
 
 
-def _chosen(sinks: Sequence[Sink], versions: Sequence[int]) -> Sink:
+def _chosen(sinks: Sequence[Sink], versions_N: Tensor) -> Sink:
     """What every block looks at."""
     names = [field.name for field in fields(Sink)]
-    return Sink(*(torch.cat([getattr(sinks[version], name) for version in versions]) for name in names))
+    stacked = (torch.stack([getattr(sink, name) for sink in sinks]) for name in names)
+    return Sink(*(x.index_select(0, versions_N).flatten(0, 1) for x in stacked))
 
 
 def _prefill(
-    model: CausalDiT, geometry: Geometry, text: list[KeyValue], reference_BCFhw: Tensor, motion_BCFhw: Tensor
+    model: CausalDiT,
+    geometry: Geometry,
+    text: list[KeyValue],
+    reference_BCFhw: Tensor,
+    motion_BCFhw: Tensor,
+    modulation_6D: Tensor,
+    factors: Tensor,
 ) -> list[Sink]:
     x_BTD = torch.vmap(model.embed_condition)(reference_BCFhw, motion_BCFhw).squeeze(1)
-    place = geometry, model.config.head_dim, True, _device(model)
-    motion = motion_factors(*place)
-    factors = torch.cat((reference_factors(REFERENCE_POSITION, *place), motion))
-    modulation = model.time_table(0.0).modulation
     frame = geometry.tokens_per_frame
     sinks: list[Sink] = []
 
@@ -151,22 +146,20 @@ def _prefill(
         return rotated, v
 
     for layer, context in zip(model.blocks.values(), text, strict=True):
-        x_BTD = layer(x_BTD, modulation, factors, context, see)
+        x_BTD = layer(x_BTD, modulation_6D, factors, context, see)
     return sinks
 
 
 def velocities(
-    model: CausalDiT, known: Conditions, latents_NBCFhw: Tensor, timestep: float, distances: Sequence[int]
+    model: CausalDiT, known: Conditions, latents_NBCFhw: Tensor, waves_W: Tensor, references_NTK2: Tensor
 ) -> Tensor:
-    """The model's velocity (N, B, C, F, h, w) for every block, all at one noise level.
+    """The model's velocity (N, B, C, F, h, w) for every block, all at the noise level of `waves`.
 
-    `distances`: how far ahead of each block the reference sits, in latents.
+    `references`: as `references_factors` makes them.
     """
-    time, config = model.time_table(timestep), model.config
+    time, config = model.modulate(waves_W), model.config
     blocks, clips = latents_NBCFhw.shape[:2]
-    firsts = (LATENTS_PER_BLOCK * (known.first_block + n) for n in range(blocks))
-    positions = [reference_position(first, distance) for first, distance in zip(firsts, distances, strict=True)]
-    references = _for_clips(_factors(model, known.geometry, positions).unflatten(0, (blocks, -1)), clips)
+    references = references_NTK2.repeat_interleave(clips, 0)
     x_BTD = _embed(model, latents_NBCFhw.flatten(0, 1))
     for number, (layer, context) in enumerate(zip(model.blocks.values(), known.text, strict=True)):
         see = _see(known.sinks[number], references, known.factors, blocks)
@@ -174,38 +167,57 @@ def velocities(
         if number in config.audio_layers:
             injection = config.audio_layers.index(number)
             x_BTD = model.audio_injector(x_BTD.flatten(0, 1)[None], injection, known.heard[injection])[0].view_as(x_BTD)
-    return _velocity(model, x_BTD, time, known.geometry.grid).unflatten(0, (blocks, clips))
+    return _velocity(model, x_BTD, time, known.grid).unflatten(0, (blocks, clips))
 
 
 def _see(sink: Sink, references: Tensor, factors: Tensor, blocks: int):
     """What a block sees: the three blocks before it, itself, its sink."""
 
     def see(k: Tensor, norm: Tensor, values: Values) -> tuple[_Seen, Tensor]:
-        reference_k = layers.rotate(sink.reference_k, references)
-        tokens, (k, v) = k.shape[1], (layers.rotate(k, factors, norm_D=norm), values(None))
-        keys = torch.cat((_window(k, blocks), reference_k, sink.motion_k), 1)
-        return _Seen(keys, len(k) // blocks, tokens), torch.cat((_window(v, blocks), sink.v), 1)
+        v, tokens = values(None), k.shape[1]
+        k, *sinks = (
+            x.to(v.dtype)  # norms leave them in float32 and every key is copied four times
+            for x in (
+                layers.rotate(k, factors, norm_D=norm),
+                layers.rotate(sink.reference_k, references),
+                sink.motion_k,
+            )
+        )
+        keys, seen = torch.cat((*_window(k, blocks), *sinks), 1), torch.cat((*_window(v, blocks), sink.v), 1)
+        return _Seen(keys, len(k) // blocks, tokens), seen
 
     return see
 
 
-def _window(x_BTHK: Tensor, blocks: int) -> Tensor:
-    """(N B, T, H, K) -> (N B, 4 T, H, K): each block's past, oldest first, then itself. Zeros before the first."""
-    x_NBTHK = F.pad(x_BTHK.unflatten(0, (blocks, -1)), (0, 0) * 4 + (WINDOW_BLOCKS - 1, 0))
-    return torch.cat([x_NBTHK[i : i + blocks] for i in range(WINDOW_BLOCKS)], 2).flatten(0, 1)
+def _window(x_BTHK: Tensor, blocks: int) -> list[Tensor]:
+    """Each block's past, oldest first, then itself: four of (N B, T, H, K). Zeros before the first."""
+    clips = len(x_BTHK) // blocks
+    padded = F.pad(x_BTHK, (0, 0) * 3 + ((WINDOW_BLOCKS - 1) * clips, 0))
+    return [padded[i * clips : i * clips + len(x_BTHK)] for i in range(WINDOW_BLOCKS)]
 
 
-def _factors(model: CausalDiT, geometry: Geometry, times: Sequence[int]) -> Tensor:
+def blocks_factors(geometry: Geometry, head_dim: int, first_block: int, blocks: int) -> Tensor:
+    """(N, T, K/2, 2) of the noisy tokens."""
+    first = LATENTS_PER_BLOCK * first_block
     rows, columns = geometry.grid
-    return grid_factors(times, range(rows), range(columns), model.config.head_dim, True, _device(model))
+    times = range(first, first + LATENTS_PER_BLOCK * blocks)
+    return grid_factors(times, range(rows), range(columns), head_dim, True).unflatten(0, (blocks, -1))
 
 
-def _for_clips(factors_NTK2: Tensor, clips: int) -> Tensor:
-    return factors_NTK2.repeat_interleave(clips, 0)
+def references_factors(geometry: Geometry, head_dim: int, first_block: int, distances: Sequence[int]) -> Tensor:
+    """(N, T, K/2, 2) of the reference; `distances`: how far ahead of each block it sits, in latents."""
+    rows, columns = geometry.grid
+    firsts = range(
+        LATENTS_PER_BLOCK * first_block, LATENTS_PER_BLOCK * (first_block + len(distances)), LATENTS_PER_BLOCK
+    )
+    positions = [reference_position(first, distance) for first, distance in zip(firsts, distances, strict=True)]
+    return grid_factors(positions, range(rows), range(columns), head_dim, True).unflatten(0, (len(positions), -1))
 
 
-def _device(model: CausalDiT) -> torch.device:
-    return model.text_embedding[0].weight.device
+def sink_factors(geometry: Geometry, head_dim: int) -> Tensor:
+    """(T, K/2, 2) of the prefill: reference, then motion."""
+    place = geometry, head_dim, True
+    return torch.cat((reference_factors(REFERENCE_POSITION, *place), motion_factors(*place)))
 
 
 # The model takes one clip. Where frames do not see each other, many clips are one with more frames.

@@ -10,24 +10,34 @@ same level, as at inference. The world leaves nothing to chance, so that there i
 import argparse
 import logging
 import random
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from liveavatar_core.config import DISTANCE_RANGE, SamplingConfig
+from liveavatar_core.config import DISTANCE_RANGE, ModelConfig, SamplingConfig
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
 from liveavatar_core.encoders.vae import read_vae
-from liveavatar_core.geometry import Geometry
-from liveavatar_core.model.dit import CausalDiT
+from liveavatar_core.geometry import PIXELS_PER_LATENT, Geometry
+from liveavatar_core.model.dit import CausalDiT, waves
 from liveavatar_core.sampling import levels, timestep
 from training.dit.clips import BLOCKS, EYES, Encoders, Group, make_group
-from training.dit.forward import Conditions, conditions, gradients, velocities
+from training.dit.forward import (
+    blocks_factors,
+    conditions,
+    gradients,
+    references_factors,
+    sink_factors,
+    velocities,
+)
 from training.export import VAE_FILE
 from training.front import make_sounds, new_front
+from training.graphs import Gradients
 from training.parallel import join, place
 from training.pool import Pool
-from training.run import minimise, read_log, read_weights
+from training.run import Losses, minimise, read_log, read_weights
 from training.sizes import DEMO, SIDE
 from training.text import encode_prompts, new_text_encoder, read_tokenizer
 
@@ -54,57 +64,98 @@ def new_dit() -> CausalDiT:
     return model
 
 
-def known_conditions(model: CausalDiT, group: Group, start: int, blocks: int, reanchored: bool) -> Conditions:
-    """Of blocks start .. start + blocks of the group's clips."""
-    side = group.latents.shape[-1] * 8
-    first = group.first_block + start
+class Batch(NamedTuple):
+    """All that a step learns from, on the device: N blocks of B clips at L noise levels."""
+
+    wanted: Tensor  # (N, B, C, F, h, w)
+    weight: Tensor  # (N, B, 1, F, h, w)
+    noise: Tensor  # (L, N, B, C, F, h, w), of the first level alone if the model makes its own way
+    levels: Tensor  # (L + 1,); the last is 0
+    waves: Tensor  # (L + 1, width), of the prefill's timestep and of the levels'
+    references: Tensor  # (L, N, T, K/2, 2) as forward.references_factors
+    factors: Tensor  # (N, T, K/2, 2)
+    sink: Tensor  # (T, K/2, 2)
+    versions: Tensor  # (N,)
+    text: Tensor  # (B, length, width)
+    features: Tensor  # (B, N, states, width, 12)
+    references_latents: Tensor  # (2, B, C, 1, h, w)
+    motion: Tensor  # (B, C, 19, h, w)
+
+
+def draw_batch(config: ModelConfig, group: Group, seed: int, *, blocks: int, teach: bool) -> Batch:
+    """`blocks` of a group's clips."""
+    generator = random.Random(seed)
+    start = generator.randrange(BLOCKS - blocks + 1)
+    first, chosen, device = group.first_block + start, slice(start, start + blocks), group.latents.device
+    reanchored = generator.random() < 0.75
+    visited = _levels_to_teach(generator) if teach else levels(SamplingConfig(steps=generator.choice(STEPS)))[:-2]
+    distances = [[generator.randint(*DISTANCE_RANGE) for _ in range(blocks)] for _ in visited]
+    geometry, head_dim = _geometry(group), config.head_dim
+    wanted = group.latents[:, chosen].transpose(0, 1).float()
+    noise = torch.Generator(device).manual_seed(seed)
+    steps = [timestep(level) for level in visited]
     versions = [int(reanchored and block >= REANCHOR) for block in range(first, first + blocks)]
-    references = [group.reference.float(), group.anchor.float()]
-    used = sorted(set(versions))
-    return conditions(
-        model,
-        Geometry(side, side),
-        text_BSD=group.text,
-        features_BNSDt=group.features[:, start : start + blocks].float(),
-        references=[references[version] for version in used],
-        motion_BCFhw=group.motion.float(),
-        versions=[used.index(version) for version in versions],
-        first_block=first,
+    references = torch.stack([references_factors(geometry, head_dim, first, far) for far in distances])
+    return Batch(
+        wanted,
+        group.weight[:, chosen].transpose(0, 1).float(),
+        torch.randn(len(visited) if teach else 1, *wanted.shape, generator=noise, device=device),
+        torch.tensor([*visited, 0.0]).to(device),
+        torch.stack([waves(step, config.freq_dim) for step in (0.0, *steps)]).to(device),
+        references.to(device),
+        blocks_factors(geometry, head_dim, first, blocks).to(device),
+        sink_factors(geometry, head_dim).to(device),
+        torch.tensor(versions).to(device),
+        group.text,
+        group.features[:, chosen].float(),
+        torch.stack((group.reference, group.anchor)).float(),
+        group.motion.float(),
     )
 
 
-def losses(model: CausalDiT, group: Group, step: int, *, blocks: int, teach: bool) -> dict[str, Tensor]:
-    generator = random.Random(step)
-    start = generator.randrange(BLOCKS - blocks + 1)
-    device = group.latents.device
-    noise_source = torch.Generator(device).manual_seed(step)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        known = known_conditions(model, group, start, blocks, generator.random() < 0.75)
-    wanted, weight = (x[:, start : start + blocks].transpose(0, 1).float() for x in (group.latents, group.weight))
+def _geometry(group: Group) -> Geometry:
+    height, width = group.latents.shape[-2:]
+    return Geometry(height * PIXELS_PER_LATENT, width * PIXELS_PER_LATENT)
 
-    def noise() -> Tensor:
-        return torch.randn(wanted.shape, generator=noise_source, device=device)
 
-    visited = _levels_to_teach(generator) if teach else levels(SamplingConfig(steps=generator.choice(STEPS)))[:-2]
-    latents = noise()
+def losses(model: CausalDiT, geometry: Geometry, teach: bool, *batch: Tensor) -> dict[str, Tensor]:
+    """`batch`: the parts of a Batch."""
+    b = Batch(*batch)
+    device = b.wanted.device.type
+    # no cache: it would outlive a graph's memory
+    half = partial(torch.autocast, device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False)
+    with half():
+        known = conditions(
+            model,
+            geometry,
+            text_BSD=b.text,
+            features_BNSDt=b.features,
+            references_VBCFhw=b.references_latents,
+            motion_BCFhw=b.motion,
+            versions_N=b.versions,
+            waves_W=b.waves[0],
+            sink_TK2=b.sink,
+            factors_NTK2=b.factors,
+        )
+    latents = b.noise[0]
     total, parts = 0.0, {}
-    for number, level in enumerate(visited):
+    last = len(b.levels) - 2
+    for number in range(last + 1):
+        level, following = b.levels[number], b.levels[number + 1]
         if teach:
-            latents = level * noise() + (1 - level) * wanted
-        distances = [generator.randint(*DISTANCE_RANGE) for _ in wanted]
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            flow = velocities(model, known, latents, timestep(level), distances).float()
+            latents = level * b.noise[number] + (1 - level) * b.wanted
+        with half():
+            flow = velocities(model, known, latents, b.waves[number + 1], b.references[number]).float()
         # the straight way from here to the truth, however we came here
-        squares = (flow - (latents - wanted) / level).square()
-        total = total + (squares * weight).mean() / weight.mean() / len(visited)
+        squares = (flow - (latents - b.wanted) / level).square()
+        total = total + (squares * b.weight).mean() / b.weight.mean() / (last + 1)
         if number == 0:
             parts["first"] = squares.mean() * level**2
-        if number == len(visited) - 1:
-            lips = (weight > EYES + 1).float()
+        if number == last:
+            lips = (b.weight > EYES + 1).float()
             parts["last"] = squares.mean() * level**2
             parts["lips"] = (squares * lips).sum() / lips.expand_as(squares).sum().clamp(min=1) * level**2
         if not teach:
-            following = visited[number + 1] if number + 1 < len(visited) else 0.0
             latents = latents + (following - level) * flow.detach()
     return {"loss": total, **parts}
 
@@ -143,14 +194,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of a clip that go through the model at once")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=3)
     parser.add_argument("--teach", action="store_true")
     parser.add_argument("--sounds", type=int, default=400)
     parser.add_argument("--groups", type=int, default=160, help="kept in memory")
     parser.add_argument("--begin", type=int, default=24, help="groups made before the first step")
     parser.add_argument("--every", type=int, default=12, help="steps between new groups")
     parser.add_argument("--side", type=int, default=SIDE)
-    parser.add_argument("--fuse", action="store_true", help="compile what lies between matrix products")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     number, count = place()
@@ -172,17 +222,24 @@ def main() -> None:
     def make(seed: int) -> Group:
         return make_group(seed, options.batch, known, sounds, heard)
 
-    pool = Pool(options.groups, make, first_seed=done * 10 + number * 1_000_000, begin_with=options.begin)
+    pool = Pool(
+        options.groups,
+        make,
+        first_seed=done * 10 + number * 1_000_000,
+        begin_with=options.begin,
+        beside=device != "cpu",
+    )
+    learned = Gradients(model, partial(losses, model, Geometry(options.side, options.side), options.teach))
 
-    def lose(step: int) -> dict[str, Tensor]:
+    def learn(step: int) -> Losses:
         if step % options.every == 0:
             pool.refresh(1)
         seed = step * count + number
         (group,) = pool.draw(1, random.Random(seed))
-        return losses(model, group, seed, blocks=options.blocks, teach=options.teach)
+        return learned(*draw_batch(DEMO, group, seed, blocks=options.blocks, teach=options.teach))
 
-    with gradients(fuse=options.fuse):
-        minimise("dit", model, lose, options.folder, minutes=options.minutes, whole=options.whole, rate=1e-3)
+    with gradients():
+        minimise("dit", model, learn, options.folder, minutes=options.minutes, whole=options.whole, rate=1e-3)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,81 @@
+"""A training step as a CUDA graph: the losses and gradients of one that is launched kernel by kernel."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from liveavatar_core.config import ModelConfig
+from liveavatar_core.geometry import Geometry
+from training.dit.clips import Group
+from training.dit.forward import gradients
+from training.dit.train import draw_batch, losses, new_dit
+from training.graphs import Gradients
+from training.sizes import DEMO
+from training.vae import losses as vae_losses
+from training.vae import new_vae
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+SIDE, CLIPS, BLOCKS = 64, 2, 8
+
+
+def group(config: ModelConfig, seed: int) -> Group:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    size = SIDE // 8
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(CLIPS, *shape, generator=generator, device="cuda")
+
+    return Group(
+        4 * seed,
+        latents=draw(BLOCKS, 16, 3, size, size),
+        reference=draw(16, 1, size, size),
+        anchor=draw(16, 1, size, size),
+        motion=draw(16, 19, size, size),
+        features=draw(BLOCKS, config.audio_states, config.audio_dim, 12),
+        text=draw(config.text_len, config.text_dim),
+        weight=torch.ones(CLIPS, BLOCKS, 1, 3, size, size, device="cuda"),
+    )
+
+
+def learn(learned, model: torch.nn.Module, batch) -> tuple[dict, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    values = learned(*batch)
+    return values, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("teach", [True, False])
+def test_the_dit_step_by_step(teach):
+    torch.manual_seed(0)
+    model = new_dit().cuda()
+    of_batch = partial(losses, model, Geometry(SIDE, SIDE), teach)
+    captured = Gradients(model, of_batch)
+
+    def launched(*batch: torch.Tensor) -> dict:
+        values = of_batch(*batch)
+        values["loss"].backward()
+        return values
+
+    with gradients():
+        for seed in range(5):  # rollouts of 3, 4 and 5 steps among them
+            batch = draw_batch(DEMO, group(DEMO, seed), seed, blocks=BLOCKS, teach=teach)
+            (got, mine), (want, theirs) = (learn(learned, model, batch) for learned in (captured, launched))
+            for name, value in want.items():  # bfloat16; gradients may be summed in another order
+                torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5)
+            assert mine.keys() == theirs.keys()
+            for name, gradient in theirs.items():
+                torch.testing.assert_close(mine[name], gradient, rtol=2e-2, atol=1e-2 * gradient.abs().max().item())
+
+
+def test_the_vae_learns_from_graphs_of_two_shapes():
+    torch.manual_seed(0)
+    model = new_vae(8).cuda()
+    learned = Gradients(model, partial(vae_losses, model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, fused=True)
+    clips = [torch.rand(n, 3, 9, side, side, device="cuda") * 2 - 1 for n, side in ((1, 64), (4, 32))]
+    seen = []
+    for step in range(30):
+        seen.append(learned(clips[step % 2])["loss"].item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert sum(seen[-4:]) < 0.9 * sum(seen[:4])
