@@ -75,8 +75,7 @@ def minimise(
         optimizer.zero_grad(set_to_none=True)
         step += 1
         share = 1 - min(AVERAGING, (step - start) / (step - start + 10))
-        for mean, parameter in zip(average, parameters, strict=True):
-            mean.lerp_(parameter.detach(), share)
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], share)
         recent.append({name: value.detach() for name, value in values.items()} | {"gradient": norm.detach()})
         if step % LOG_STEPS == 0 or step == steps:
             now = time.monotonic()
