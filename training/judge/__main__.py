@@ -1,6 +1,6 @@
 """Judge a finished demo model on faces and voices it has not seen: a table, its numbers, a picture and a page.
 
-    python -m training.judge --out DIR [--models models] [--quick] [--lines 1 2 3 4]
+    python -m training.judge --out DIR [--models models] [--quick] [--lines 0 1 2 3 4]
 
 DIR gets figures.json, films.jpg (above what is right, below what was made) and report.html with plots over time.
 """
@@ -17,7 +17,7 @@ import torch
 from liveavatar_core.demo import SHIPPED, DemoFiles
 from liveavatar_core.errors import LiveAvatarError
 from liveavatar_core.evaluate.report import Film, as_page
-from training.judge.lines import QUICK, WHOLE, Row, lasting, look, prompted, reference, talking, variants
+from training.judge.lines import QUICK, WHOLE, Row, kept, lasting, look, prompted, reference, talking, variants
 from training.judge.role import Take
 from training.speaker import Speaker
 from training.world.sheet import contact_sheet
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--models", type=Path, default=SHIPPED, help="as training.export writes them")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="one short film of each, for a CPU")
-    parser.add_argument("--lines", type=int, nargs="+", choices=range(1, 5), default=[1, 2, 3, 4])
+    parser.add_argument("--lines", type=int, nargs="+", choices=range(5), default=range(5))
     options = parser.parse_args(arguments)
     files = DemoFiles(options.models)
     if not files.exists:
@@ -50,6 +50,8 @@ def main(arguments: Sequence[str]) -> None:
         figures = {"about": files.about, "extent": asdict(extent), "rows": [asdict(row) for row in rows]}
         (options.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
+    if 0 in options.lines:
+        tell(kept(speaker, extent))
     if 1 in options.lines:
         found, takes = talking(speaker, extent)
         tell(found)

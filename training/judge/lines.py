@@ -89,6 +89,20 @@ def voices() -> Iterator[Sound]:
             yield spoken
 
 
+def kept(speaker: Speaker, extent: Extent) -> list[Row]:
+    """Line 0: what the VAE alone leaves of the right film. The DiT cannot do better."""
+    line, rows = "0 VAE", []
+    for kind, spoken in zip(KINDS, voices(), strict=False):
+        role = plain_role(kind, 0, spoken)
+        pixels = role.truth(0, extent.frames).permute(3, 0, 1, 2) / 127.5 - 1
+        with torch.inference_mode():
+            again = speaker.vae.decode(speaker.vae.encode(pixels)).permute(1, 2, 3, 0)
+        take = Take(role, ((again + 1) * 127.5).round().to(torch.uint8))
+        rows.append(above(line, f"{kind}: correlation", take.lips().correlation, LIPS))
+        rows.append(above(line, f"{kind}: identity", take.identity(), LASTING))
+    return rows
+
+
 def talking(speaker: Speaker, extent: Extent) -> tuple[list[Row], list[Take]]:
     """Line 1: lips follow what is said, and nothing else."""
     line, heard, rows, takes = "1 lips", voices(), [], []
