@@ -31,7 +31,9 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=SHIPPED)
     parser.add_argument("--seed", type=int, default=0, help="which unseen faces")
     options = parser.parse_args()
-    speaker = Speaker.load(DemoFiles(options.models), "cuda" if torch.cuda.is_available() else "cpu")
+    files = DemoFiles(options.models)
+    files.check()
+    speaker = Speaker.load(files, "cuda" if torch.cuda.is_available() else "cpu")
     samples = to_speech(*load_sound(SPEECH))
     frames = frames_for(len(samples) / SAMPLE_RATE, DEFAULT_FPS)
     films = []
