@@ -68,6 +68,7 @@ def run(
     monitor: Monitor | None = None,
     hold: Hold | None = None,
     late: float = 0.0,
+    sampling: SamplingConfig = SAMPLING,
 ) -> list[torch.Tensor]:
     """All latents. `after(block)` is called when a block is there; audio comes up to `late` seconds late."""
     conditioning, requests = inputs
@@ -77,8 +78,8 @@ def run(
         time.sleep(random.choice((0, late)))
         return requests[block]
 
-    plan = runtime.ensure(model, DEMO_CONFIG, spec, SAMPLING.evaluations, geometry=GEOMETRY)
-    stream = runtime.latents(plan, GEOMETRY, SAMPLING, conditioning, request, len(requests), should_stop, monitor)
+    plan = runtime.ensure(model, DEMO_CONFIG, spec, sampling.evaluations, geometry=GEOMETRY)
+    stream = runtime.latents(plan, GEOMETRY, sampling, conditioning, request, len(requests), should_stop, monitor)
     latents = []
     with closing(stream):
         for block, latent in held(stream, hold or Hold(), monitor, len(requests)):
@@ -166,6 +167,14 @@ def test_processes_give_the_same_bits_stream_after_stream(
             stall(runtime)
         assert_equal(run(runtime, model, second, spec_of(plan, count), late=0.01), second_want)
         assert process_ids(runtime) == before, "the processes stay, and their weights with them"
+
+
+@needs_ray
+@pytest.mark.parametrize(("steps", "plan"), [(1, "ring"), (3, "tpp"), (5, "tpp")])
+def test_processes_give_the_same_bits_at_any_number_of_steps(runtime, model, inputs, steps, plan):
+    sampling = SamplingConfig(steps=steps, seed=3)
+    alone = run(Runtime(), model, inputs, RuntimeSpec(("cpu",)), sampling=sampling)
+    assert_equal(run(runtime, model, inputs, spec_of(plan, 3), sampling=sampling), alone)
 
 
 @needs_ray
