@@ -94,7 +94,8 @@ class Speaker:
 
     def shown(self, stream: LatentStream) -> Tensor:
         with torch.inference_mode():
-            chunks = frame_chunks(stream.latents(), StreamDecoder(self.vae), stream.portrait[1], stream.request.frames)
+            motion = stream.portrait[1][:, : 1 + STILLS // FRAMES_PER_LATENT]  # what holds still is soon seen
+            chunks = frame_chunks(stream.latents(), StreamDecoder(self.vae), motion, stream.request.frames)
             return torch.cat([chunk.frames for chunk in chunks])
 
     def excerpts(self, stream: LatentStream, wanted: Sequence[range]) -> Iterator[Tensor]:
