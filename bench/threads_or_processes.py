@@ -42,6 +42,7 @@ from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.pipeline.links import Lane
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec, layer_ring
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import Payload
 from liveavatar_core.weights.build import load_dit, work_dtype
 
@@ -109,10 +110,12 @@ def work(spec: StageSpec, geometry: Geometry, tiny: bool) -> dict[str, list[Hop]
                 device=device,
                 fp8=precision == "fp8",
             )
-            text = torch.randn(77, config.text_dim)
+            sampling, text = SamplingConfig(), torch.randn(77, config.text_dim)
             found = {}
             for mode in ("eager",) if tiny else ("eager", "graphs"):
-                found[mode] = hops(Stage(spec, model, geometry, SamplingConfig(), text, graphs=mode == "graphs"), lane)
+                found[mode] = hops(
+                    Stage(spec, model, geometry, sampling, levels(sampling), text, graphs=mode == "graphs"), lane
+                )
             return found
     except BaseException:
         start.abort()  # the others need not wait

@@ -1,28 +1,12 @@
-"""Noise, schedule and Euler step: everything between two forwards. Memoryless, so steps may run in any process."""
+"""Noise and Euler step: everything between two forwards but the levels. Memoryless, so steps may run in any process."""
 
 import hashlib
-from functools import cache
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from liveavatar_core.config import DISTANCE_RANGE, SamplingConfig
 from liveavatar_core.geometry import BLOCKS_PER_CLIP, LATENTS_PER_BLOCK
-
-
-@cache
-def sigmas(steps: int, shift: float) -> tuple[float, ...]:
-    """steps + 1 noise levels from 1 to 0. The scheduler shifts its end point twice, so the last step is almost null."""
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    scheduler.set_timesteps(steps)
-    return tuple(scheduler.sigmas.tolist())
-
-
-def levels(sampling: SamplingConfig) -> tuple[float, ...]:
-    """The noise levels a stream visits, from 1 to 0; without the last but one if that is skipped (SPEC 8.5.1)."""
-    visited = sigmas(sampling.steps, sampling.shift)
-    return (*visited[:-2], visited[-1]) if sampling.skip_last_step else visited
 
 
 def timestep(sigma: float) -> float:

@@ -22,6 +22,7 @@ from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
 from liveavatar_core.pipeline.worker import Waiting, Worker
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning, Payload
 
 CONFIG = ModelConfig(
@@ -98,7 +99,10 @@ def run(
     conditioning, requests = inputs
     latents = []
     with torch.inference_mode():
-        stages = [Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, conditioning.text) for spec in plan.stages]
+        stages = [
+            Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, levels(SAMPLING), conditioning.text)
+            for spec in plan.stages
+        ]
         for index, change in (touch or {}).items():
             stages[index] = Touched(stages[index], change)
         try:
@@ -201,7 +205,10 @@ def test_blocks_finished_before_a_failure_are_delivered(parts, inputs, want):
 
     got = []
     with torch.inference_mode():
-        stages = [Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, conditioning.text) for spec in plan.stages]
+        stages = [
+            Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, levels(SAMPLING), conditioning.text)
+            for spec in plan.stages
+        ]
         stages[-1] = Touched(stages[-1], fail)
         with ThreadedPipeline(plan, stages) as pipeline:
             pipeline.prefill(0, conditioning.reference, conditioning.motion)
@@ -247,7 +254,7 @@ def worker_of(parts, inputs) -> Worker:
     """Of a stage in the middle of a ring that nothing else is connected to."""
     spec = PLANS[3].stages[1]
     with torch.inference_mode():
-        stage = Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, inputs[0].text)
+        stage = Stage(spec, parts[spec.layers], GEOMETRY, SAMPLING, levels(SAMPLING), inputs[0].text)
     return Worker(
         stage,
         Lane(torch.device("cpu")),

@@ -20,7 +20,8 @@ from liveavatar_core.model.rope import (
 )
 from liveavatar_core.pipeline.plan import PREFILL, single
 from liveavatar_core.pipeline.stage import Stage
-from liveavatar_core.sampling import euler, sigmas, timestep
+from liveavatar_core.sampling import euler, timestep
+from liveavatar_core.schedule import levels, sigmas
 from liveavatar_core.types import BlockRequest, Payload
 
 FORWARD = 5e-6  # float32 against float32 with other kernels; the recording's own noise floor is 5e-7
@@ -256,7 +257,7 @@ class Loop:
             rope_rounding=rounding,
         )
         plan = single(sampling.steps, model.config.layers, ["cpu"])
-        self.stage = Stage(plan.stages[0], model, self.geometry, sampling, tensors["context"])
+        self.stage = Stage(plan.stages[0], model, self.geometry, sampling, levels(sampling), tensors["context"])
         condition = (tensors["ref_latents"][0], tensors["motion_latents"][0])
         self.stage.run(Payload(block=PREFILL, step=PREFILL, sink=0, condition=condition))
 

@@ -29,6 +29,7 @@ from liveavatar_core.pipeline.plan import layer_ring, single, tpp
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise, frame_chunks
 from liveavatar_core.pipeline.threads import ThreadedPipeline
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning
 
 TOLERANCE = 5e-6
@@ -101,7 +102,8 @@ class Recording:
 
     def stages(self, plan, sampling: SamplingConfig) -> list["Noting"]:
         return [
-            Noting(Stage(spec, self.model, self.geometry, sampling, self.tensors["context"])) for spec in plan.stages
+            Noting(Stage(spec, self.model, self.geometry, sampling, levels(sampling), self.tensors["context"]))
+            for spec in plan.stages
         ]
 
 
@@ -275,5 +277,7 @@ def _with_parts(recording: Recording, plan, sampling: SamplingConfig) -> list[No
     for spec in plan.stages:
         part = CausalDiT(recording.model.config, spec.layers)
         part.load_state_dict({name: state[name] for name in part.state_dict()})
-        stages.append(Noting(Stage(spec, part, recording.geometry, sampling, recording.tensors["context"])))
+        stages.append(
+            Noting(Stage(spec, part, recording.geometry, sampling, levels(sampling), recording.tensors["context"]))
+        )
     return stages

@@ -14,7 +14,7 @@ RANKS = [
     {"errors"},
     {"geometry"},
     {"config"},
-    {"model", "sampling", "io"},
+    {"model", "sampling", "schedule", "io"},
     {"types", "encoders"},
     {"weights"},
     {"pipeline", "demo"},
@@ -54,6 +54,12 @@ def test_the_core_imports_only_downwards(path):
 
 def test_the_plan_knows_no_torch():
     code = "import sys, liveavatar_core.pipeline.plan, liveavatar_core.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_stages_own_process_needs_no_diffusers():
+    """Which takes longer to import than all else that it needs."""
+    code = "import sys, liveavatar_core.runtime.cluster; sys.exit('diffusers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -38,6 +38,7 @@ from liveavatar_core.runtime.memory import (
     table,
 )
 from liveavatar_core.runtime.runtime import Runtime
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Payload
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.reader import open_weights
@@ -206,8 +207,8 @@ def test_a_real_stage_holds_exactly_what_was_planned(
     assert bool(memory.on(HOST)) == streams
 
     with torch.inference_mode():
-        text = torch.zeros(5, DEMO_CONFIG.text_dim)
-        stages = [Stage(spec, models[spec.layers], SMALL, SamplingConfig(), text) for spec in plan.stages]
+        sampling, text = SamplingConfig(), torch.zeros(5, DEMO_CONFIG.text_dim)
+        stages = [Stage(spec, models[spec.layers], SMALL, sampling, levels(sampling), text) for spec in plan.stages]
         fresh = [held_bytes(stage) for stage in stages]
         run_until_two_sinks(plan, stages)
     for i, stage in enumerate(stages):

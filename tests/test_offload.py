@@ -12,6 +12,7 @@ from liveavatar_core.pipeline.plan import Offload, Plan, grid, layer_ring, singl
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.reader import open_weights
@@ -49,7 +50,7 @@ def run(files: DemoFiles, plan: Plan, precision: str, *, depth: int = 1, **setti
                 hosted=spec.offload.weights,
             )
         with torch.inference_mode():
-            stages.append(Stage(spec, model, GEOMETRY, sampling, conditioning.text, **settings))
+            stages.append(Stage(spec, model, GEOMETRY, sampling, levels(sampling), conditioning.text, **settings))
     with torch.inference_mode(), ThreadedPipeline(plan, stages) as pipeline:
         latents = denoise(pipeline, conditioning, sampling, lambda n: BlockRequest(n, features[n]), BLOCKS, depth=depth)
         return torch.stack([latent.cpu() for _, latent in latents])

@@ -15,7 +15,7 @@ from liveavatar_core.pipeline.plan import PREFILL, Plan, grid, layer_ring, singl
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
-from liveavatar_core.sampling import levels
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning
 
 CONFIG = ModelConfig(
@@ -103,7 +103,7 @@ def run(
 
     with torch.inference_mode():
         stages = [
-            Stage(spec, part_of(model, spec.layers), GEOMETRY, sampling, conditioning.text, **formats)
+            Stage(spec, part_of(model, spec.layers), GEOMETRY, sampling, levels(sampling), conditioning.text, **formats)
             for spec in plan.stages
         ]
         if seed is not None:
@@ -227,7 +227,7 @@ def test_cancel_stops_between_blocks(model, inputs):
     plan = tpp(4, CONFIG.layers, ["cpu"] * 4)
     made = []
     with torch.inference_mode():
-        stages = [Stage(spec, model, GEOMETRY, sampling, conditioning.text) for spec in plan.stages]
+        stages = [Stage(spec, model, GEOMETRY, sampling, levels(sampling), conditioning.text) for spec in plan.stages]
         with ThreadedPipeline(plan, stages) as pipeline, pytest.raises(Cancelled):
             stream = denoise(
                 pipeline,

@@ -16,6 +16,7 @@ from liveavatar_core.pipeline.plan import single
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.runtime.process import StageProcess
 from liveavatar_core.runtime.runtime import Runtime
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning
 
 GEOMETRY = Geometry(64, 64)
@@ -112,8 +113,8 @@ def test_a_process_has_room_for_one_stream(model, monkeypatch, stages) -> None:
     monkeypatch.setattr(Stage, "__init__", count)
     plan = single(4, DEMO_CONFIG.layers, ["cpu"])
     process.load(model, DEMO_CONFIG, plan.stages[0], "fp32")
-    numbers = []
+    sampling, text, numbers = SamplingConfig(), torch.zeros(3, DEMO_CONFIG.text_dim), []
     for _ in range(2):
-        numbers.append(process.begin(plan, 0, GEOMETRY, SamplingConfig(), torch.zeros(3, DEMO_CONFIG.text_dim)))
+        numbers.append(process.begin(plan, 0, GEOMETRY, sampling, levels(sampling), text))
         assert process.end()
     assert alive == [[], []] and numbers[0] < numbers[1]

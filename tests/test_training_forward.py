@@ -8,7 +8,8 @@ from liveavatar_core.geometry import LATENTS_PER_BLOCK, Geometry
 from liveavatar_core.model.dit import CausalDiT, waves
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.pipeline.stage import Stage
-from liveavatar_core.sampling import euler, levels, reference_distance, timestep
+from liveavatar_core.sampling import euler, reference_distance, timestep
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Payload
 from training.dit.forward import (
     blocks_factors,
@@ -70,6 +71,7 @@ def engine(model: CausalDiT, given: dict[str, torch.Tensor], clip: int) -> list[
         model,
         GEOMETRY,
         SAMPLING,
+        steps,
         given["text"][clip],
     )
 

@@ -17,6 +17,7 @@ from liveavatar_core.geometry import FRAMES_PER_BLOCK, MOTION_LATENTS, Geometry
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec, tpp
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning, Payload
 from liveavatar_core.weights.quant import quantise_linears
 
@@ -124,6 +125,7 @@ def _stage(spec: StageSpec, model: CausalDiT, inputs: Inputs, attention: str, kv
         model,
         inputs.geometry,
         inputs.sampling,
+        levels(inputs.sampling),
         inputs.conditioning.text,
         attention=attention,
         kv_cache=kv_cache,

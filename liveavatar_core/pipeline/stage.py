@@ -28,7 +28,7 @@ from liveavatar_core.pipeline.graphs import LayerGraphs, can_capture
 from liveavatar_core.pipeline.hosted import HostedRings, HostedSinks
 from liveavatar_core.pipeline.links import upload
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
-from liveavatar_core.sampling import block_noise, clip_noise, euler, levels, reference_distance, timestep
+from liveavatar_core.sampling import block_noise, clip_noise, euler, reference_distance, timestep
 from liveavatar_core.types import Payload
 
 
@@ -41,6 +41,7 @@ class Stage:
         model: CausalDiT,
         geometry: Geometry,
         sampling: SamplingConfig,
+        levels: tuple[float, ...],
         text: Tensor,
         *,
         graphs: bool = True,
@@ -48,7 +49,8 @@ class Stage:
         attention: str = "exact",
         kv_cache: str = "full",
     ) -> None:
-        """`text` (length, text_dim). Everything constant over the stream is computed here, once.
+        """`text` (length, text_dim); `levels`: the noise levels of `sampling`. Everything constant over the stream is
+        computed here, once.
 
         `graphs`: run the layers as CUDA graphs once the window is full, where that can be and nothing is streamed from
         host memory. Same numbers. `host`: memory for what `spec.offload` keeps there, that of an earlier stage with
@@ -57,7 +59,7 @@ class Stage:
         """
         self.spec, self.model, self.geometry, self.sampling = spec, model, geometry, sampling
         self.device = torch.device(spec.device)
-        self.levels = levels(sampling)
+        self.levels = levels
         config = model.config
         self._text = model.embed_text(text.to(self.device))
         self._times: dict[int, TimeTable] = {PREFILL: model.time_table(0.0)}

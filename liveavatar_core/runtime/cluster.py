@@ -145,12 +145,13 @@ class Cluster:
         plan: Plan,
         geometry: Geometry,
         sampling: SamplingConfig,
+        levels: tuple[float, ...],
         text: Tensor,
         formats: tuple[str, str],
         monitor: Monitor | None,
     ) -> "ClusterPipeline":
-        """For one stream; `formats`: attention and kv_cache as in RuntimeSpec."""
-        return ClusterPipeline(self, plan, (geometry, sampling, text.cpu(), *formats), monitor)
+        """For one stream; `levels` as in Stage, `formats`: attention and kv_cache as in RuntimeSpec."""
+        return ClusterPipeline(self, plan, (geometry, sampling, levels, text.cpu(), *formats), monitor)
 
     def close(self) -> None:
         """End all processes, whatever they are doing."""

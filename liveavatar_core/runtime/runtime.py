@@ -39,6 +39,7 @@ from liveavatar_core.runtime.memory import (
     weight_bytes,
 )
 from liveavatar_core.runtime.probe import measure
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.layout import infer_config
@@ -280,6 +281,7 @@ class Runtime:
                 self._models[_part(spec)],
                 geometry,
                 sampling,
+                levels(sampling),
                 text,
                 graphs=graphs,
                 host=self._host[spec][1] if spec.offload else None,
@@ -318,7 +320,7 @@ class Runtime:
         self, plan: Plan, geometry: Geometry, sampling: SamplingConfig, text: Tensor, monitor: Monitor | None
     ) -> Pipeline:
         if self._cluster is not None:
-            return self._cluster.pipeline(plan, geometry, sampling, text, self._formats[1:], monitor)
+            return self._cluster.pipeline(plan, geometry, sampling, levels(sampling), text, self._formats[1:], monitor)
         with torch.inference_mode():
             stages = self.stages(plan, geometry, sampling, text)
         self._last = ThreadedPipeline(plan, stages, monitor)

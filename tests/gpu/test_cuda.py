@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from liveavatar_core import schedule
 from liveavatar_core.config import SamplingConfig
 from liveavatar_core.geometry import LATENTS_PER_BLOCK, PIXELS_PER_LATENT, Geometry
 from liveavatar_core.model.dit import CausalDiT, unpatchify
@@ -40,7 +41,7 @@ def velocities(golden, golden_config, dtype: torch.dtype, *, teacher: bool):
         steps=steps, distance=tuple(map(tuple, tensors["relative_dist"].tolist())), reanchor_block=None
     )
     plan = single(steps, golden_config.layers, ["cuda"])
-    stage = Stage(plan.stages[0], model.eval(), geometry, sampling, tensors["context"])
+    stage = Stage(plan.stages[0], model.eval(), geometry, sampling, schedule.levels(sampling), tensors["context"])
     condition = (tensors["ref_latents"][0], tensors["motion_latents"][0])
     stage.run(Payload(block=PREFILL, step=PREFILL, sink=0, condition=condition))
     seen = []

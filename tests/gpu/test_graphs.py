@@ -13,6 +13,7 @@ from liveavatar_core.pipeline.plan import Plan, layer_ring, single, tpp
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import denoise
 from liveavatar_core.pipeline.threads import ThreadedPipeline
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning
 
 pytestmark = [
@@ -58,7 +59,16 @@ def run(plan: Plan, *, graphs: bool, reanchor: int | None, **formats: str) -> to
     sampling = SamplingConfig(seed=1, reanchor_block=reanchor)
     with torch.inference_mode():
         stages = [
-            Stage(spec, part_of(spec.layers, spec.device), GEOMETRY, sampling, text, graphs=graphs, **formats)
+            Stage(
+                spec,
+                part_of(spec.layers, spec.device),
+                GEOMETRY,
+                sampling,
+                levels(sampling),
+                text,
+                graphs=graphs,
+                **formats,
+            )
             for spec in plan.stages
         ]
         with ThreadedPipeline(plan, stages) as pipeline:

@@ -19,6 +19,7 @@ from liveavatar_core.geometry import FRAMES_PER_BLOCK, PRIME_LATENTS, Geometry
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.pipeline.plan import PREFILL, StageSpec
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Payload
 from liveavatar_core.weights.build import load_dit, work_dtype
 from liveavatar_core.weights.reader import open_weights
@@ -56,6 +57,7 @@ def video(
         model,
         Geometry(*picture.shape[1:]),
         sampling,
+        levels(sampling),
         text,
         graphs=False,
     )

@@ -22,7 +22,8 @@ from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
 from liveavatar_core.encoders.vae import read_vae
 from liveavatar_core.geometry import PIXELS_PER_LATENT, Geometry
 from liveavatar_core.model.dit import CausalDiT, waves
-from liveavatar_core.sampling import levels, timestep
+from liveavatar_core.sampling import timestep
+from liveavatar_core.schedule import levels
 from training.dit.clips import BLOCKS, EYES, Encoders, Group, make_group
 from training.dit.forward import (
     blocks_factors,
