@@ -159,9 +159,9 @@ def test_the_unload_button_takes_the_weights_back(server: Comfy, run_workflow):
         f"{server.url}/api/free", json.dumps({"unload_models": True}).encode(), {"Content-Type": "application/json"}
     )
     urllib.request.urlopen(request).close()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while server.log.read_text(errors="replace").count(gone) == before:
-        assert time.monotonic() < deadline, "nothing was given back within 30 s"
+        assert time.monotonic() < deadline, "nothing was given back within 120 s"
         time.sleep(0.2)
     assert the_video(run_workflow(small(Sampler__seed=111))), "the next run loads again"
 
