@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from liveavatar_core.config import ModelConfig
+from liveavatar_core.encoders.audio_features import hidden_length
 from liveavatar_core.geometry import Geometry
 from training.dit.clips import Group
 from training.dit.forward import gradients
 from training.dit.train import draw_batch, losses, new_dit
+from training.front import losses as front_losses
+from training.front import new_front
 from training.graphs import Gradients
 from training.sizes import DEMO
 from training.vae import losses as vae_losses
@@ -65,6 +68,20 @@ def test_the_dit_step_by_step(teach):
             assert mine.keys() == theirs.keys()
             for name, gradient in theirs.items():
                 torch.testing.assert_close(mine[name], gradient, rtol=2e-2, atol=1e-2 * gradient.abs().max().item())
+
+
+def test_the_front_learns_from_a_graph():
+    torch.manual_seed(0)
+    model = new_front().cuda().train()
+    learned = Gradients(model, partial(front_losses, model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    waveforms, mouths = torch.randn(2, 16_000, device="cuda"), torch.rand(2, hidden_length(16_000), 4, device="cuda")
+    seen = []
+    for _ in range(20):
+        seen.append(learned(waveforms, mouths)["loss"].item())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    assert sum(seen[-3:]) < 0.8 * sum(seen[:3])
 
 
 def test_the_vae_learns_from_graphs_of_two_shapes():
