@@ -21,7 +21,7 @@ from training.speech.mouths import RATE
 from training.speech.sounds import Sound
 from training.world.looks import KINDS
 
-# Where the model's own figures (models/MODEL_CARD.md) are less than a frame's or a face's worth of harm away.
+# Guesses, until there is a trained model to take them from.
 LIPS, LAG, IDENTITY = 0.7, 1, 0.9
 SEED = 3  # of the faces
 FRAMES, MAX_LAG = 33, 5

@@ -175,14 +175,8 @@ def _see(sink: Sink, references: Tensor, factors: Tensor, blocks: int):
 
     def see(k: Tensor, norm: Tensor, values: Values) -> tuple[_Seen, Tensor]:
         v, tokens = values(None), k.shape[1]
-        k, *sinks = (
-            x.to(v.dtype)  # norms leave them in float32 and every key is copied four times
-            for x in (
-                layers.rotate(k, factors, norm_D=norm),
-                layers.rotate(sink.reference_k, references),
-                sink.motion_k,
-            )
-        )
+        rotated = layers.rotate(k, factors, norm_D=norm), layers.rotate(sink.reference_k, references), sink.motion_k
+        k, *sinks = (x.to(v.dtype) for x in rotated)  # float32 from the norm, and every key is copied four times
         keys, seen = torch.cat((*_window(k, blocks), *sinks), 1), torch.cat((*_window(v, blocks), sink.v), 1)
         return _Seen(keys, len(k) // blocks, tokens), seen
 
