@@ -3,9 +3,11 @@
     bench/multi_gpu.sh 2 --precision fp8 bf16 --vram 24
     bench/multi_gpu.sh 4 --tiny                            a toy model on the CPU
 
-Prints one JSON line per plan and writes one picture of its time line. Conditions and sound are random; the speech
-encoder is left out; frames are decoded and brought to the host. Every plan's latents are compared with those of one
-GPU. At the end a stage is killed in mid-run, and the next run must be as good as the first.
+Prints one JSON line per plan, with the keys of `liveavatar_core.bench` and some more, and writes one picture of its
+time line. `forward_ms` is a step of a block through the stages of a row, hops left out; `gpu_idle` counts decoding as
+idle. Conditions and sound are random; the speech encoder is left out; frames are decoded and brought to the host. Every
+plan's latents are compared with those of one GPU. At the end a stage is killed in mid-run, and the next run must be as
+good as the first.
 """
 
 import argparse
@@ -20,6 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from liveavatar_core.bench import report
+from liveavatar_core.bench.ceilings import GIB, measure_ceilings
+from liveavatar_core.bench.measure import settings
 from liveavatar_core.bench.stand_ins import RandomWeights, random_vae
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelConfig, ModelSpec, RuntimeSpec, SamplingConfig
 from liveavatar_core.demo import DEMO_CONFIG
@@ -32,14 +37,15 @@ from liveavatar_core.pipeline.plan import Plan
 from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import frame_chunks
 from liveavatar_core.pipeline.timeline import Timeline
+from liveavatar_core.runtime.memory import plan_memory
 from liveavatar_core.runtime.runtime import Runtime
 from liveavatar_core.types import BlockRequest, Conditioning
+from liveavatar_core.weights.build import work_dtype
 
 RANDOM = ModelSpec(Path("random weights"))
 SETTLED = 2 * WINDOW_BLOCKS + 1  # blocks until the window is full and every slot of it has its graph
 WARM_BLOCKS = 2  # of a stream before each that is measured
 KILLED_AT = 6  # block
-GIB = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +173,30 @@ def measure(runtime: Breakable, spec: RuntimeSpec, setting: Setting, blocks: int
         "load_s": round(load_s, 1),
         "why": runtime.choice(RANDOM, setting.config, spec, plan.steps, setting.geometry).why,
     }
+    memory = plan_memory(
+        setting.config,
+        setting.geometry,
+        plan,
+        spec.precision,
+        attention=spec.attention,
+        kv_cache=spec.kv_cache,
+        decoder=plan.decoder,
+    )
+    decoded = [span.seconds for span in spans if span.stage == DECODER and span.block >= WINDOW_BLOCKS]
+    figures |= {
+        "forward_ms": round(statistics.fmean(sum(figures["stage_ms"][s.index] for s in row) for row in plan.rows), 2),
+        "gpu_idle": round(1 - statistics.fmean(figures["utilisation"].values()), 4),
+        "vae_ms": round(1000 * statistics.median(decoded), 2),
+        "planned_gib": round(max(memory.on(device) for device in memory.devices) / GIB, 2),
+    }
     return figures, plan, run
+
+
+def floor_ms(setting: Setting, device: str, precision: str) -> float:
+    """What a card could do at best, at the rates of this run."""
+    config, geometry = setting.config, setting.geometry
+    ceilings = measure_ceilings(config, geometry, device, work_dtype(precision, device), ["exact"])
+    return round(ceilings.forward_floor_ms(config, geometry, fp8=precision == "fp8", attention="exact"), 2)
 
 
 def keep(run: Run, title: str, plan: Plan, path: Path) -> None:
@@ -223,6 +252,7 @@ def main() -> None:
     parser.add_argument("--vram", type=float, help="another ring with this many GiB of each GPU")
     parser.add_argument("--out", type=Path, default=Path("out/multi_gpu"))
     parser.add_argument("--tiny", action="store_true", help="a toy model on the CPU")
+    parser.add_argument("--commit", help="of this code, where it lies in no git clone")
     options = parser.parse_args()
     options.precision = options.precision or ["fp32" if options.tiny else "fp8"]
     config = DEMO_CONFIG if options.tiny else LIVE_AVATAR_14B
@@ -239,6 +269,9 @@ def main() -> None:
     runtime = Breakable(open_model=lambda path: RandomWeights(config, devices[0]))
     runtime.graphs = not options.eager
     about = {
+        "command": " ".join(["bench/multi_gpu.sh", str(options.gpus), *sys.argv[3:]]),
+        "commit": options.commit or report.commit(),
+        "weights": "random",
         "gpu": "none" if options.tiny else torch.cuda.get_device_name(),
         "gpus": len(set(devices)),
         "graphs": runtime.graphs,
@@ -246,11 +279,12 @@ def main() -> None:
         "size": f"{width}x{height}",
         "steps": setting.sampling.steps,
     }
+    floors = {precision: floor_ms(setting, devices[0], precision) for precision in options.precision}
     wants: dict[str, list[Tensor]] = {}
     rates: dict[str, float] = {}
     last = ()
     for name, spec in specs(options, devices):
-        line = {"plan": name, "precision": spec.precision, "vram_cap_gib": spec.vram, **about}
+        line = settings(spec, setting.sampling) | {"plan": name, **about, "forward_floor_ms": floors[spec.precision]}
         try:
             figures, plan, run = measure(runtime, spec, setting, options.blocks)
         except (LiveAvatarError, torch.OutOfMemoryError) as error:
