@@ -20,7 +20,7 @@ from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.weights.build import load_dit
 from liveavatar_core.weights.layout import infer_config
 from liveavatar_core.weights.reader import open_weights
-from training import parallel, run, vae
+from training import muon, parallel, run, vae
 from training.dit import clips
 from training.dit.clips import Encoders, draw_scene, make_group
 from training.dit.forward import gradients
@@ -116,6 +116,36 @@ def test_a_slice_stops_in_time_and_keeps_what_it_has(tmp_path):
     assert run.read_weights(tmp_path, "x").keys() == {"weight", "bias"} and run.read_weights(tmp_path, "y") is None
 
 
+def test_a_step_that_is_not_finite_changes_nothing_for_good(tmp_path):
+    model = torch.nn.Linear(16, 2)
+
+    def lose(step):
+        loss = model(torch.ones(16)).sum() * (float("nan") if step == 3 else 1.0)
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    run.minimise("x", model, lose, tmp_path, minutes=1, whole=None, steps=6, rate=0.01)
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_muon_steps_in_all_directions_at_once():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 24, 16) @ torch.diag(torch.logspace(0, -1, 16))
+    made = muon.orthogonal(matrices)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    assert torch.linalg.svdvals(made).sub(1).abs().max() < 0.5
+    assert torch.einsum("nrk,nrc,nkc->nk", u, made, v).min() > 0.5  # along the same singular vectors
+    torch.testing.assert_close(made[1], muon.orthogonal(matrices[1:2])[0])
+
+    model = torch.nn.Sequential(torch.nn.Conv3d(16, 16, 3), torch.nn.Linear(16, 3), torch.nn.Embedding(20, 20))
+    assert [id(w) for w in muon.matrices(model)] == [id(model[0].weight)]
+    weight = torch.nn.Parameter(matrices[0].view(24, 4, 4).clone())
+    weight.grad = matrices[1].view(24, 4, 4)
+    muon.Muon([weight], 0.1, weight_decay=0).step()
+    change = (matrices[0] - weight.flatten(1)).detach()
+    torch.testing.assert_close(change, made[1] * 0.1 * muon.AS_ADAMW * 24**0.5, rtol=1e-4, atol=1e-5)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -134,16 +164,16 @@ def learn_together(number: int, count: int, folder: Path) -> None:
 def learn_toy(numbers: list[int], folder: Path) -> torch.Tensor:
     """With the examples of these processes."""
     torch.manual_seed(0)
-    model = torch.nn.Linear(4, 1, bias=False)
+    model = torch.nn.Linear(16, 16)
 
     def losses(*seen: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"loss": torch.stack([(model(x) - x.sum(1, keepdim=True)).square().mean() for x in seen]).mean()}
+        return {"loss": torch.stack([(model(x) - x.flip(1)).square().mean() for x in seen]).mean()}
 
     def learn(step: int) -> dict[str, torch.Tensor]:
-        seen = [torch.randn(8, 4, generator=torch.Generator().manual_seed(2 * step + n)) for n in numbers]
+        seen = [torch.randn(8, 16, generator=torch.Generator().manual_seed(2 * step + n)) for n in numbers]
         return Gradients(model, losses)(*seen)
 
-    run.minimise("toy", model, learn, folder, minutes=1, whole=None, steps=30, rate=0.1)
+    run.minimise("toy", model, learn, folder, minutes=1, whole=None, steps=30, rate=0.01)
     return model.weight.detach()
 
 

@@ -6,7 +6,6 @@ Without torchrun there is one process, and nothing here does anything.
 """
 
 import os
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -29,14 +28,11 @@ def join() -> str:
     return f"cuda:{number}" if on_gpu else "cpu"
 
 
-def average_gradients(parameters: Sequence[Tensor]) -> None:
-    """In place, over all processes; what no example has touched counts as 0."""
+def average(values: Tensor) -> None:
+    """In place, over all processes."""
     if dist.is_initialized():
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = part.view_as(parameter)
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
 
 
 def largest(value: float) -> float:

@@ -4,9 +4,11 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Generic, TypeVar
 
 import torch
+from torch import Tensor
 
 Item = TypeVar("Item")
 
@@ -37,7 +39,10 @@ class Pool(Generic[Item]):
             self._items.append(self._next())
 
     def draw(self, count: int, generator: random.Random) -> list[Item]:
-        return generator.choices(tuple(self._items), k=count)
+        chosen = generator.choices(tuple(self._items), k=count)
+        for tensor in (tensor for item in chosen for tensor in _tensors(item) if tensor.is_cuda):
+            tensor.record_stream(torch.cuda.current_stream())  # its memory was the thread's; it may be dropped soon
+        return chosen
 
     def _next(self) -> Item:
         self._seed += 1
@@ -52,3 +57,8 @@ class Pool(Generic[Item]):
                 made = self._next()
             stream.synchronize()  # whoever draws it works on another stream
             self._items.append(made)
+
+
+def _tensors(item: object) -> list[Tensor]:
+    parts = [getattr(item, field.name) for field in fields(item)] if is_dataclass(item) else [item]
+    return [part for part in parts if isinstance(part, Tensor)]

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.parallel import average_gradients, largest, place
+from training.muon import Muon, matrices
+from training.parallel import average, largest, place
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +56,8 @@ def minimise(
     begin, spent = time.monotonic(), 0.0
     step = start = history[-1]["step"] if history else 0
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=rate, betas=(0.9, 0.98), weight_decay=decay, fused=parameters[0].is_cuda
-    )
-    average = [p.detach().clone() for p in parameters]
+    optimizers = _optimizers(model, parameters, rate, decay)
+    means = [p.detach().clone() for p in parameters]
     recent: list[dict[str, Tensor]] = []
     saved = last = time.monotonic()
     while step < steps:
@@ -66,32 +65,59 @@ def minimise(
             spent = largest(time.monotonic() - begin)
         if spent >= 60 * minutes:
             break
-        optimizer.param_groups[0]["lr"] = rate * _warm(step - start) * _cosine((before + spent) / max(whole, 1))
+        now = rate * _warm(step - start) * _cosine((before + spent) / max(whole, 1))
         values = learn(step)
-        average_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, LARGEST_GRADIENT)
-        if torch.isfinite(norm):
+        norm = _tame_gradients(parameters)
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = now
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.grad = None
         step += 1
         share = 1 - min(AVERAGING, (step - start) / (step - start + 10))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], share)
+        torch._foreach_lerp_(means, [p.detach() for p in parameters], share)
         recent.append({name: value.detach() for name, value in values.items()} | {"gradient": norm.detach()})
         if step % LOG_STEPS == 0 or step == steps:
-            now = time.monotonic()
-            history.append(_entry(step, (now - last) / len(recent), recent))
-            recent, last = [], now
+            clock = time.monotonic()
+            history.append(_entry(step, (clock - last) / len(recent), recent))
+            recent, last = [], clock
             log.info("%s %s", stage, " ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))
-            if now - saved > SAVE_SECONDS:
-                _save_average(stage, model, parameters, average, history, folder)
-                saved = now
+            if clock - saved > SAVE_SECONDS:
+                _save_average(stage, model, parameters, means, history, folder)
+                saved = clock
     if recent:
         history.append(_entry(step, (time.monotonic() - last) / len(recent), recent))
     with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=True):
+        for parameter, mean in zip(parameters, means, strict=True):
             parameter.copy_(mean)
-    _save_average(stage, model, parameters, average, history, folder)
+    _save_average(stage, model, parameters, means, history, folder)
     return step
+
+
+def _optimizers(
+    model: nn.Module, parameters: list[nn.Parameter], rate: float, decay: float
+) -> list[torch.optim.Optimizer]:
+    weights = matrices(model)
+    known = {id(weight) for weight in weights}
+    others = [p for p in parameters if id(p) not in known]
+    optimizers: list[torch.optim.Optimizer] = []
+    if weights:
+        optimizers.append(Muon(weights, rate, weight_decay=decay))
+    if others:
+        optimizers.append(torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=decay))
+    return optimizers
+
+
+def _tame_gradients(parameters: list[nn.Parameter]) -> Tensor:
+    """Average them over all processes and shorten them, in place; returns their norm. Where it is not finite they
+    become 0, on the device: a host that looked would keep the device waiting."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    average(flat)
+    norm = flat.norm()
+    flat = torch.where(norm.isfinite(), flat * (LARGEST_GRADIENT / norm.clamp(min=LARGEST_GRADIENT)), 0)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view(parameter.shape)
+    return norm
 
 
 def _seconds(history: list[dict]) -> float:
@@ -114,12 +140,12 @@ def _cosine(share: float) -> float:
 
 
 def _save_average(
-    stage: str, model: nn.Module, parameters: list[Tensor], average: list[Tensor], history: list[dict], folder: Path
+    stage: str, model: nn.Module, parameters: list[Tensor], means: list[Tensor], history: list[dict], folder: Path
 ) -> None:
     if place()[0] > 0:
         return
-    means = {id(parameter): mean for parameter, mean in zip(parameters, average, strict=True)}
-    state = {name: means.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    ends = {id(parameter): mean for parameter, mean in zip(parameters, means, strict=True)}
+    state = {name: ends.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     save_weights(folder, stage, state)
     folder.joinpath(f"{stage}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
     draw_curve(history, folder / f"{stage}.png")
