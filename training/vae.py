@@ -31,10 +31,11 @@ log = logging.getLogger(__name__)
 FRAMES = 9  # a first frame and two latents of four
 POOL, OLD = 2048, 2  # clips kept, and steps until there is a new one
 KL, EDGES = 1e-3, 0.5
+QUIET = -4.0  # log variance of the latents at first
 
 
 def new_vae(dim: int = VAE_DIM) -> AutoencoderKLWan:
-    return AutoencoderKLWan(
+    model = AutoencoderKLWan(
         base_dim=dim,
         z_dim=16,
         dim_mult=[1, 2, 4, 4],
@@ -42,6 +43,10 @@ def new_vae(dim: int = VAE_DIM) -> AutoencoderKLWan:
         attn_scales=[],
         temperal_downsample=[False, True, True],
     )
+    with torch.no_grad():  # noise as large as the latents would hide them for the first hundreds of steps
+        model.quant_conv.weight[16:] = 0
+        model.quant_conv.bias[16:] = QUIET
+    return model
 
 
 def encode(model: AutoencoderKLWan, frames: Tensor) -> tuple[Tensor, Tensor]:
