@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SECONDS, PART = 12.0, 5.0  # of a sound, and of what a batch hears of it
 LETTERS = 32  # outputs of the letter head; the first of them are trained to be mouths
 CONV = 512  # ComfyUI fixes this width
+SPREAD = {"open": 0.08, "wide": 0.05, "round": 0.06, "lately": 0.05}  # what moves least would be learned last
 
 
 def new_front() -> Wav2Vec2ForCTC:
@@ -91,9 +92,8 @@ def losses(model: Wav2Vec2ForCTC, waveforms: Tensor, mouths: Tensor) -> dict[str
     with torch.autocast(waveforms.device.type, torch.bfloat16, enabled=waveforms.is_cuda, cache_enabled=False):
         heard = model(waveforms).logits[..., : mouths.shape[-1]].float()
     error = (heard - mouths).square().mean((0, 1))
-    # what moves least would be learned last
-    spread = mouths.new_tensor([0.08, 0.05, 0.06, 0.05])
-    return {"loss": (error / spread).mean(), "open": error[0], "wide": error[1], "round": error[2], "lately": error[3]}
+    parts = dict(zip(SPREAD, error, strict=True))
+    return {"loss": sum(part / SPREAD[name] for name, part in parts.items()) / len(parts), **parts}
 
 
 def batches(sounds: list[Sound], size: int, device: str) -> Callable[[int], tuple[Tensor, Tensor]]:

@@ -25,6 +25,7 @@ class Gradients:
         self._losses = losses
         self._graphs: dict[Sequence[torch.Size], tuple] = {}
         self._pool = None  # memory of all graphs: they run one after the other
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, *batch: Tensor) -> Losses:
         if not batch[0].is_cuda:
@@ -51,7 +52,8 @@ class Gradients:
 
     def _capture(self, batch: Sequence[Tensor]) -> tuple:
         inputs = [x.clone() for x in batch]
-        stream = torch.cuda.Stream()
+        # one for all: where autograd adds to a parameter's gradient it waits for the stream of the first time
+        stream = self._stream = self._stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
@@ -60,7 +62,7 @@ class Gradients:
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Another thread may be making the next batches.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             values = self._run(inputs)
         self._pool = graph.pool()
         return graph, inputs, values, [p.grad for p in self._parameters]

@@ -32,11 +32,11 @@ class Pool(Generic[Item]):
     def refresh(self, count: int) -> None:
         """Make `count` things of seeds not used before, now or when the thread gets to it; of a full pool the oldest
         go."""
-        if self._wanted is not None:
-            self._wanted.release(count)
-            return
         for _ in range(count):
-            self._items.append(self._next())
+            if self._wanted is not None:
+                self._wanted.release()
+            else:
+                self._items.append(self._next())
 
     def draw(self, count: int, generator: random.Random) -> list[Item]:
         chosen = generator.choices(tuple(self._items), k=count)

@@ -57,7 +57,7 @@ def test_the_dit_step_by_step(teach):
     def launched(*batch: torch.Tensor) -> dict:
         values = of_batch(*batch)
         values["loss"].backward()
-        return values
+        return {name: value.detach() for name, value in values.items()}
 
     with gradients():
         for seed in range(5):  # rollouts of 3, 4 and 5 steps among them
