@@ -32,20 +32,20 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            gradients = [weight.grad for weight in weights]
+            means = [self.state[weight].setdefault("mean", torch.zeros_like(weight)) for weight in weights]
+            torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, means, group["momentum"])  # as Nesterov
             alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                mean = state.setdefault("mean", torch.zeros_like(weight))
-                mean.lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(mean, group["momentum"]).flatten(1)  # as Nesterov
-                alike[ahead.shape].append((weight, ahead))
+            for weight, gradient in zip(weights, ahead, strict=True):
+                alike[gradient.flatten(1).shape].append((weight, gradient.flatten(1)))
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
             for shape, pairs in alike.items():
-                steps = orthogonal(torch.stack([ahead for _, ahead in pairs]))
-                steps *= group["lr"] * AS_ADAMW * max(shape) ** 0.5
-                for (weight, _), change in zip(pairs, steps, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(change.view(weight.shape))
+                steps = orthogonal(torch.stack([gradient for _, gradient in pairs]))
+                changes = [step.view(weight.shape) for (weight, _), step in zip(pairs, steps, strict=True)]
+                length = group["lr"] * AS_ADAMW * max(shape) ** 0.5
+                torch._foreach_add_([weight for weight, _ in pairs], changes, alpha=-length)
 
 
 def orthogonal(matrices_NRC: Tensor) -> Tensor:

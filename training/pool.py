@@ -1,5 +1,6 @@
 """Things that are costly to make and cheap to learn from again: the newest of them, renewed bit by bit."""
 
+import atexit
 import random
 import threading
 from collections import deque
@@ -26,8 +27,10 @@ class Pool(Generic[Item]):
         self._wanted: threading.Semaphore | None = None
         self.refresh(min(size, begin_with))
         if beside:
-            self._wanted = threading.Semaphore(0)
-            threading.Thread(target=self._work, args=(torch.cuda.current_device(),), name="pool", daemon=True).start()
+            self._wanted, self._over = threading.Semaphore(0), False
+            thread = threading.Thread(target=self._work, args=(torch.cuda.current_device(),), name="pool", daemon=True)
+            thread.start()
+            atexit.register(self._end, thread)
 
     def refresh(self, count: int) -> None:
         """Make `count` things of seeds not used before, now or when the thread gets to it; of a full pool the oldest
@@ -48,11 +51,16 @@ class Pool(Generic[Item]):
         self._seed += 1
         return self._make(self._seed - 1)
 
+    def _end(self, thread: threading.Thread) -> None:
+        """A thread that is on the GPU when the interpreter goes takes the process down."""
+        self._over = True
+        self._wanted.release()
+        thread.join()
+
     def _work(self, device: int) -> None:
         torch.cuda.set_device(device)
         stream = torch.cuda.Stream()
-        while True:
-            self._wanted.acquire()
+        while self._wanted.acquire() and not self._over:
             with torch.cuda.stream(stream):
                 made = self._next()
             stream.synchronize()  # whoever draws it works on another stream

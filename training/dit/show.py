@@ -113,7 +113,7 @@ def _compare(seed: int, blocks: int, model: CausalDiT, known: Encoders) -> list[
     made = video(model, known.vae, (picture * 255).round() / 127.5 - 1, features, text, sampling, device)
     poses = perform(spoken.mouth, scene.action, 0, blocks * FRAMES_PER_BLOCK, 0)
     truth = paint(scene.video, poses, side, side, device)
-    said, seen = poses.open.flatten().to(device), read_opening(made, scene.video, poses)
+    said, seen = poses.open.flatten().cpu(), read_opening(made, scene.video, poses).cpu()
     fits = {lag: _fit(said[3:-3], seen[3 + lag : len(seen) - 3 + lag]) for lag in range(-3, 4)}
     best = max(fits, key=fits.get)
     log.info(
