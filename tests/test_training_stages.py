@@ -106,6 +106,29 @@ def test_the_vae_learns_and_its_next_slice_goes_on(tmp_path, moving):
     assert (tmp_path / "vae.png").stat().st_size > 1000
 
 
+def test_the_decoder_learns_what_comes_late_and_latents_stay(small_vae, moving, tmp_path):
+    model = vae.new_vae(8)
+    model.load_state_dict(small_vae.state_dict())
+    late = vae.draw_late(model, 3, SIDE, 16, "cpu")
+    seen = vae.draw_clip(3, SIDE, "cpu", frames=25)
+    places = [(y, x) for y in range(SIDE - 15) for x in range(SIDE - 15)]
+    assert any(torch.equal(late.frames, seen[:, 1:, y : y + 16, x : x + 16]) for y, x in places)
+    latents, frames = late.latents[None], late.frames[None].float() / 127.5 - 1
+    assert latents.shape == (1, 16, vae.SETTLED + vae.LATE, 2, 2)
+
+    for part in (model.encoder, model.quant_conv, model.post_quant_conv):
+        part.requires_grad_(False)
+    values = vae.late_losses(model, latents, frames)
+    with torch.no_grad():
+        pixels, _ = vae.differences(vae.decode(model, latents)[:, :, -frames.shape[2] :], frames)
+    torch.testing.assert_close(values["pixels"], pixels)
+    learned = Gradients(model, partial(vae.late_losses, model))
+    run.minimise("late", model, lambda _: learned(latents, frames), tmp_path, minutes=2, whole=None, steps=6, rate=1e-2)
+    with torch.no_grad():
+        assert vae.late_losses(model, latents, frames)["pixels"] < 0.95 * pixels
+        assert torch.equal(vae.encode(model, moving)[0], vae.encode(small_vae, moving)[0])
+
+
 def test_a_slice_stops_in_time_and_keeps_what_it_has(tmp_path):
     model = torch.nn.Linear(2, 2)
 

@@ -19,6 +19,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 
 from liveavatar_core.encoders.audio_features import HIDDEN_FIELD, HIDDEN_STRIDE, hidden_length
 from liveavatar_core.geometry import SAMPLE_RATE
+from training.ahead import ahead
 from training.graphs import Gradients
 from training.run import minimise, read_log, read_weights
 from training.sizes import SPEECH_DIM, SPEECH_HEADS, SPEECH_LAYERS
@@ -133,7 +134,7 @@ def main() -> None:
     if weights := read_weights(options.folder, "front"):
         model.load_state_dict(weights)
     model.to(device).train()
-    batch = batches(sounds, options.batch, device)
+    batch = ahead(batches(sounds, options.batch, device), device)
     gradients = Gradients(model, partial(losses, model))
     minimise(
         "front",

@@ -1,6 +1,10 @@
-"""Stage 1: a Wan 2.1 VAE of small width learns to draw the world.
+"""Stage 1: a Wan 2.1 VAE of small width learns to draw the world; then its decoder alone learns to keep on.
 
-python -m training.vae --folder .train --minutes 9
+    python -m training.vae --folder .train --minutes 9
+    python -m training.vae --folder .train --minutes 5 --late
+
+What the causal convolutions see of the past settles over some twenty frames. Short clips end before that, and a
+decoder that knows only them turns every stream pink; long ones would cost several times as much for all else.
 """
 
 import argparse
@@ -9,14 +13,17 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from liveavatar_core.geometry import FRAMES_PER_LATENT, LATENTS_PER_BLOCK
+from liveavatar_core.geometry import FRAMES_PER_LATENT, LATENTS_PER_BLOCK, PRIME_LATENTS
+from training.ahead import ahead
 from training.graphs import Gradients
 from training.pool import Pool
 from training.run import minimise, read_log, read_weights
@@ -29,6 +36,8 @@ from training.world.sheet import contact_sheet
 log = logging.getLogger(__name__)
 
 FRAMES = 9  # a first frame and two latents of four
+SETTLED = PRIME_LATENTS  # latents of a held picture, as the engine primes its decoder
+LATE = 2 * LATENTS_PER_BLOCK  # latents after them
 POOL, OLD = 2048, 2  # clips kept, and steps until there is a new one
 KL, EDGES = 1e-3, 0.5
 QUIET = -4.0  # log variance of the latents at first
@@ -56,10 +65,7 @@ def encode(model: AutoencoderKLWan, frames: Tensor) -> tuple[Tensor, Tensor]:
     """
     caches = _caches(model.encoder)
     bounds = [0, *range(1, frames.shape[2] + 1, FRAMES_PER_LATENT)]
-    parts = [
-        model.encoder(frames[:, :, a:b], feat_cache=caches, feat_idx=[0])
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    parts = [model.encoder(frames[:, :, a:b], feat_cache=caches, feat_idx=[0]) for a, b in pairwise(bounds)]
     mean, log_variance = model.quant_conv(torch.cat(parts, 2)).float().chunk(2, 1)
     return mean, log_variance.clamp(-12, 4)
 
@@ -68,12 +74,13 @@ def decode(model: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """(B, 16, t, h, w) as `encode` gives them -> (B, 3, 4t - 3, H, W) float32."""
     caches = _caches(model.decoder)
     hidden = model.post_quant_conv(latents)
-    bounds = [0, *range(1, hidden.shape[2], LATENTS_PER_BLOCK), hidden.shape[2]]
-    parts = [
-        model.decoder(hidden[:, :, a:b], feat_cache=caches, feat_idx=[0])
-        for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
-    return torch.cat(parts, 2).float()
+    calls = _decoder_calls(hidden.shape[2])
+    return torch.cat([model.decoder(hidden[:, :, a:b], feat_cache=caches, feat_idx=[0]) for a, b in calls], 2).float()
+
+
+def _decoder_calls(latents: int) -> list[tuple[int, int]]:
+    bounds = [0, *range(1, latents, LATENTS_PER_BLOCK), latents]
+    return list(pairwise(bounds))
 
 
 def _caches(coder: nn.Module) -> list:
@@ -86,30 +93,72 @@ def losses(model: AutoencoderKLWan, frames: Tensor) -> dict[str, Tensor]:
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda, cache_enabled=False):
         mean, log_variance = encode(model, frames)
         drawn = decode(model, mean + torch.randn_like(mean) * (0.5 * log_variance).exp())
-    pixels = (drawn - frames).abs().mean()
-    edges = sum((drawn.diff(dim=d) - frames.diff(dim=d)).abs().mean() for d in (2, 3, 4))
+    pixels, edges = differences(drawn, frames)
     kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
     return {"loss": pixels + EDGES * edges + KL * kl, "pixels": pixels, "edges": edges, "kl": kl}
 
 
-def draw_clip(seed: int, side: int, device: torch.device | str, *, held_out: bool = False) -> Tensor:
-    """(3, FRAMES, side, side) uint8: any look in any light, moving faster than anybody does; sometimes a cut."""
+def differences(drawn: Tensor, frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Of pixels, and of how they change from one to the next in time, down and across."""
+    edges = sum((drawn.diff(dim=d) - frames.diff(dim=d)).abs().mean() for d in (2, 3, 4))
+    return (drawn - frames).abs().mean(), edges
+
+
+class Late(NamedTuple):
+    """What a stream looks like after its beginning."""
+
+    latents: Tensor  # (16, SETTLED + LATE, h, w) as `encode` gives them
+    frames: Tensor  # (3, 4 LATE, H, W) uint8
+
+
+def late_losses(model: AutoencoderKLWan, latents: Tensor, frames: Tensor) -> dict[str, Tensor]:
+    """latents (B, 16, SETTLED + LATE, h, w), frames (B, 3, 4 LATE, H, W) in [-1, 1]. For the decoder alone."""
+    with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda, cache_enabled=False):
+        hidden, caches = model.post_quant_conv(latents), _caches(model.decoder)
+        parts = []
+        for a, b in _decoder_calls(hidden.shape[2]):
+            with torch.set_grad_enabled(a >= SETTLED):
+                parts.append(model.decoder(hidden[:, :, a:b], feat_cache=caches, feat_idx=[0]))
+    pixels, edges = differences(torch.cat(parts, 2)[:, :, -frames.shape[2] :].float(), frames)
+    return {"loss": pixels + EDGES * edges, "pixels": pixels, "edges": edges}
+
+
+def draw_clip(
+    seed: int, side: int, device: torch.device | str, *, held_out: bool = False, frames: int = FRAMES
+) -> Tensor:
+    """(3, frames, side, side) uint8: any look in any light, moving faster than anybody does; sometimes a cut."""
     generator = random.Random(f"vae {seed} {held_out}")
     look = draw_look(seed, generator.choice(KINDS), held_out=held_out)
     look = replace(look, light=generator.choice(LIGHTS), grade=generator.choice(GRADES + ("none",) * 4))
-    pose = Pose.of(_moves(seed))
-    frames = paint(look, pose, side, side, device)
+    pose = Pose.of(_moves(seed, frames))
+    clip = paint(look, pose, side, side, device)
     if generator.random() < 0.15:  # the first picture is a portrait, the others what a prompt made of it
         still = paint(replace(look, light="neutral", grade="none"), Pose.still(), side, side, device)
-        frames = torch.cat((still, frames[1:]))
-    return (frames * 255).round().to(torch.uint8).transpose(0, 1)
+        clip = torch.cat((still, clip[1:]))
+    return (clip * 255).round().to(torch.uint8).transpose(0, 1)
 
 
-def _moves(seed: int) -> Tensor:
-    """(FRAMES, 9): every number of a pose wanders between knots two frames apart."""
+@torch.no_grad()
+def draw_late(
+    model: AutoencoderKLWan, seed: int, side: int, crop: int, device: torch.device | str, *, held_out: bool = False
+) -> Late:
+    """A square of `crop` px out of a clip whose first picture was held for a while."""
+    count = FRAMES_PER_LATENT * LATE
+    clip = draw_clip(seed, side, device, held_out=held_out, frames=1 + count)
+    generator = random.Random(seed)
+    y, x = (generator.randrange(side - crop + 1) for _ in range(2))
+    clip = clip[..., y : y + crop, x : x + crop]
+    held = clip[:, :1].expand(-1, 1 + FRAMES_PER_LATENT * (SETTLED - 1), -1, -1)
+    seen = torch.cat((held, clip[:, 1:]), 1)[None].float() / 127.5 - 1
+    with torch.autocast(seen.device.type, torch.bfloat16, enabled=seen.is_cuda):
+        return Late(encode(model, seen)[0][0], clip[:, 1:].clone())
+
+
+def _moves(seed: int, frames: int) -> Tensor:
+    """(frames, 9): every number of a pose wanders between knots two frames apart."""
     generator = torch.Generator().manual_seed(seed)
-    knots = torch.rand(9, 2 + FRAMES // 2, generator=generator)
-    track = F.interpolate(knots[None], FRAMES, mode="linear", align_corners=True)[0]
+    knots = torch.rand(9, 2 + frames // 2, generator=generator)
+    track = F.interpolate(knots[None], frames, mode="linear", align_corners=True)[0]
     opening, wide, rounding, smile, blink, brow, yaw, pitch, roll = track
     still = torch.rand(9, generator=generator)
     yaw, pitch, roll = ((part * 0.3 + 0.7 * s) * 2 - 1 for part, s in zip((yaw, pitch, roll), still[6:], strict=True))
@@ -129,7 +178,7 @@ def _moves(seed: int) -> Tensor:
 
 def batches(
     device: torch.device | str, *, side: int, size: int, first_seed: int, begin_with: int
-) -> Callable[[int], Tensor]:
+) -> Callable[[int], tuple[Tensor]]:
     """step -> (B, 3, FRAMES, H, W) in [-1, 1]: `size` whole pictures, or four times as many quarters of them."""
 
     def make(seed: int) -> Tensor:
@@ -138,7 +187,7 @@ def batches(
     beside = torch.device(device).type == "cuda"
     pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, beside=beside)
 
-    def batch(step: int) -> Tensor:
+    def batch(step: int) -> tuple[Tensor]:
         pool.refresh(int(step % OLD == 0))
         generator = random.Random(step)
         close = step % 2 == 0
@@ -146,7 +195,33 @@ def batches(
         if close:
             y, x = (generator.randrange(side // 2 + 1) for _ in range(2))
             frames = frames[..., y : y + side // 2, x : x + side // 2]
-        return frames.flip(-1) if generator.random() < 0.5 else frames
+        return (frames.flip(-1) if generator.random() < 0.5 else frames,)
+
+    return batch
+
+
+def late_batches(
+    model: AutoencoderKLWan,
+    device: torch.device | str,
+    *,
+    side: int,
+    crop: int,
+    size: int,
+    first_seed: int,
+    begin_with: int,
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """step -> latents and frames for `late_losses`."""
+
+    def make(seed: int) -> Late:
+        return draw_late(model, seed, side, crop, device)
+
+    beside = torch.device(device).type == "cuda"
+    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, beside=beside)
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        pool.refresh(int(step % OLD == 0))
+        latents, frames = zip(*pool.draw(size, random.Random(step)), strict=True)
+        return torch.stack(latents), torch.stack(frames).float() / 127.5 - 1
 
     return batch
 
@@ -174,7 +249,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
-    parser.add_argument("--batch", type=int, default=3)
+    parser.add_argument("--late", action="store_true", help="the decoder alone, on what comes late in a stream")
+    parser.add_argument("--crop", type=int, help="px of a picture that --late learns from; all")
+    parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--dim", type=int, default=VAE_DIM)
     parser.add_argument("--side", type=int, default=SIDE)
     parser.add_argument("--begin", type=int, default=256, help="clips drawn before the first step")
@@ -193,29 +270,46 @@ def main() -> None:
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
     reached = read_log(options.folder, "vae")
     seed = (reached[-1]["step"] if reached else 0) + 10_000
-    batch = batches(device, side=options.side, size=options.batch, first_seed=seed, begin_with=options.begin)
-    gradients = Gradients(model, partial(losses, model))
+    drawn = {"side": options.side, "size": options.batch, "first_seed": seed, "begin_with": options.begin}
+    if options.late:
+        for part in (model.encoder, model.quant_conv, model.post_quant_conv):  # latents stay what they are
+            part.requires_grad_(False)
+        draw, of_batch, rate = (
+            late_batches(model, device, crop=options.crop or options.side, **drawn),
+            late_losses,
+            5e-4,
+        )
+    else:
+        draw, of_batch, rate = batches(device, **drawn), losses, 2e-3
+    batch, learned = ahead(draw, device), Gradients(model, partial(of_batch, model))
     minimise(
         "vae",
         model,
-        lambda step: gradients(batch(step)),
+        lambda step: learned(*batch(step)),
         options.folder,
         minutes=options.minutes,
         whole=options.whole,
-        rate=2e-3,
+        rate=rate,
     )
     report(model, options.folder, options.side, device)
 
 
 @torch.no_grad()
 def report(model: AutoencoderKLWan, folder: Path, side: int, device: str) -> None:
-    """What unseen pictures lose, in words and as a sheet: drawn, through the VAE, difference times four."""
-    clips = torch.stack([draw_clip(seed, side, device, held_out=True) for seed in range(12)]).float() / 127.5 - 1
-    again = torch.cat([decode(model, encode(model, clip[None])[0]).clamp(-1, 1) for clip in clips])
-    error = ((again - clips) / 2).square().mean((1, 2, 3, 4))
-    log.info("vae: PSNR of unseen clips %.2f dB, worst %.2f", *(-10 * e.log10() for e in (error.mean(), error.max())))
-    views = torch.stack((clips, again, (again - clips) * 4), 1)[:, :, :, -1].transpose(0, 1).flatten(0, 1)
-    contact_sheet(views / 2 + 0.5, len(clips)).save(folder / "vae_report.jpg", quality=90)
+    """What late pictures of unseen streams lose, in words and as a sheet: drawn, through the VAE, difference times
+    four."""
+    rows, errors = [], []
+    for seed in range(12):
+        late = draw_late(model, seed, side, side, device, held_out=True)
+        wanted = late.frames.float() / 127.5 - 1
+        again = decode(model, late.latents[None].float())[0, :, -wanted.shape[1] :].clamp(-1, 1)
+        errors.append(((again - wanted) / 2).square().mean())
+        rows.append(torch.stack((wanted, again, (again - wanted) * 4))[:, :, -1])
+    error = torch.stack(errors)
+    log.info(
+        "vae: PSNR late in unseen streams %.2f dB, worst %.2f", *(-10 * e.log10() for e in (error.mean(), error.max()))
+    )
+    contact_sheet(torch.stack(rows, 1).flatten(0, 1) / 2 + 0.5, len(rows)).save(folder / "vae_report.jpg", quality=90)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from liveavatar_core.geometry import PIXELS_PER_LATENT, Geometry
 from liveavatar_core.model.dit import CausalDiT, waves
 from liveavatar_core.sampling import timestep
 from liveavatar_core.schedule import levels
+from training.ahead import ahead
 from training.dit.clips import BLOCKS, EYES, Encoders, Group, make_group
 from training.dit.forward import (
     blocks_factors,
@@ -38,7 +39,7 @@ from training.front import make_sounds, new_front
 from training.graphs import Gradients
 from training.parallel import join, place
 from training.pool import Pool
-from training.run import Losses, minimise, read_log, read_weights
+from training.run import minimise, read_log, read_weights
 from training.sizes import DEMO, SIDE
 from training.text import encode_prompts, new_text_encoder, read_tokenizer
 
@@ -232,15 +233,24 @@ def main() -> None:
     )
     learned = Gradients(model, partial(losses, model, Geometry(options.side, options.side), options.teach))
 
-    def learn(step: int) -> Losses:
+    def draw(step: int) -> Batch:
         if step % options.every == 0:
             pool.refresh(1)
         seed = step * count + number
         (group,) = pool.draw(1, random.Random(seed))
-        return learned(*draw_batch(DEMO, group, seed, blocks=options.blocks, teach=options.teach))
+        return draw_batch(DEMO, group, seed, blocks=options.blocks, teach=options.teach)
 
+    batch = ahead(draw, device)
     with gradients():
-        minimise("dit", model, learn, options.folder, minutes=options.minutes, whole=options.whole, rate=1e-3)
+        minimise(
+            "dit",
+            model,
+            lambda step: learned(*batch(step)),
+            options.folder,
+            minutes=options.minutes,
+            whole=options.whole,
+            rate=1e-3,
+        )
 
 
 if __name__ == "__main__":
