@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, vae_shapes, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, vae_shapes, write_demo
 from liveavatar_core.encoders.vae import StreamDecoder, read_vae
 from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry, fit_size
