@@ -19,22 +19,15 @@ from liveavatar_core.geometry import Geometry, fit_size
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.pipeline.plan import PREFILL, Offload, Plan, choose
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.runtime.fitting import AREAS, GAPS, OUTSIDE, alternatives, asked, check, fit, room
 from liveavatar_core.runtime.memory import (
-    AREAS,
     ESTIMATED,
-    GAPS,
     GIB,
     HOST,
-    OUTSIDE,
     WAN_VAE,
     MemoryPlan,
     VaeSize,
-    alternatives,
-    asked,
-    check,
-    fit,
     plan_memory,
-    room,
     streamed_bytes,
     table,
 )
