@@ -110,7 +110,7 @@ def write_shards(folder: Path) -> None:
 
 
 def write_umt5(path: Path) -> None:
-    from liveavatar_core.demo import train_tokenizer
+    from liveavatar_core.demo.random_model import train_tokenizer
 
     tokenizer = train_tokenizer()
     infos = tensors_of(path.stem)

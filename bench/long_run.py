@@ -20,7 +20,7 @@ def measure(minutes: float) -> dict:
     import torch
 
     from liveavatar_core.config import LoraSpec, ModelSpec, RuntimeSpec, SamplingConfig
-    from liveavatar_core.demo import write_demo
+    from liveavatar_core.demo.random_model import write_demo
     from liveavatar_core.encoders.audio_features import FeatureStream, load_speech_encoder
     from liveavatar_core.encoders.vae import StreamDecoder, read_vae
     from liveavatar_core.geometry import FRAMES_DROPPED, blocks_for, frames_for, sample_at

@@ -27,7 +27,7 @@ from liveavatar_core.bench.ceilings import GIB, measure_ceilings
 from liveavatar_core.bench.measure import settings
 from liveavatar_core.bench.stand_ins import RandomWeights, random_vae
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelConfig, ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG
+from liveavatar_core.demo.random_model import DEMO_CONFIG
 from liveavatar_core.encoders.portrait import portrait_latents
 from liveavatar_core.encoders.vae import StreamDecoder, WanVAE
 from liveavatar_core.errors import LiveAvatarError

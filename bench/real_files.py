@@ -296,7 +296,7 @@ def _names(file: Path) -> list[str]:
 
 def tiny_writer(models: Path) -> Callable[[str], Path]:
     """In place of full-size files, the demo's; without fp8_scaled, which the demo does not have."""
-    from liveavatar_core.demo import write_demo
+    from liveavatar_core.demo.random_model import write_demo
 
     demo = write_demo(models / "demo")
 

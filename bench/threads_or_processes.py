@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from liveavatar_core.bench.stand_ins import RandomWeights
 from liveavatar_core.config import LIVE_AVATAR_14B, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG
+from liveavatar_core.demo.random_model import DEMO_CONFIG
 from liveavatar_core.geometry import LATENTS_PER_BLOCK, WINDOW_BLOCKS, Geometry
 from liveavatar_core.model.audio import AudioTokens
 from liveavatar_core.pipeline.links import Lane

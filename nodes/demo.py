@@ -37,7 +37,7 @@ class DemoLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        from liveavatar_core.demo import demo_files
+        from liveavatar_core.demo.choice import demo_files
 
         files = demo_files(Path(folder_paths.models_dir) / "liveavatar" / "demo")
         host.say(cls.hidden.unique_id, files.about)

@@ -48,7 +48,8 @@ class MemoryPlan(io.ComfyNode):
     def execute(cls, model, size, steps, image=None, runtime=None) -> io.NodeOutput:
         from liveavatar_core.pipeline.plan import Machine
         from liveavatar_core.runtime.choice import choose_plan
-        from liveavatar_core.runtime.memory import HOST, check, fit, room, table
+        from liveavatar_core.runtime.fitting import check, fit, room
+        from liveavatar_core.runtime.memory import HOST, table
         from liveavatar_core.runtime.probe import measure
         from liveavatar_core.runtime.runtime import as_device, choose_precision, free_memory, inspect_model
 

@@ -16,7 +16,7 @@ from liveavatar_core.bench.errors import _record, _Recording, compare, random_in
 from liveavatar_core.bench.measure import SETTLED, Case, _idle, measure
 from liveavatar_core.bench.stand_ins import RandomWeights, outlier_factors, random_speech, random_vae
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG
+from liveavatar_core.demo.random_model import DEMO_CONFIG
 from liveavatar_core.encoders.vae import StreamDecoder
 from liveavatar_core.errors import ConfigError
 from liveavatar_core.geometry import Geometry

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from liveavatar_core.config import LoraSpec, ModelSpec, RuntimeSpec
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_demo
 from liveavatar_core.errors import ConfigError, OutputError, WeightsError
 from liveavatar_core.runtime.runtime import Runtime, inspect_model
 from liveavatar_core.weights import writer

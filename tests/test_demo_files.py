@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from liveavatar_core.config import LoraSpec, ModelSpec
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, demo_files, vae_shapes, write_demo
+from liveavatar_core.demo.choice import demo_files
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, vae_shapes, write_demo
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import load_dit
 from liveavatar_core.weights.layout import infer_config
@@ -170,7 +172,8 @@ import torch
 from comfy.audio_encoders.audio_encoders import AudioEncoderModel
 from comfy.text_encoders.wan import WanT5Model, WanT5Tokenizer
 
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG
 from training.speaker import read_text_encoder
 
 PROMPT = "A woman talks, Soft light. 你好"

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from liveavatar_core.config import LIVE_AVATAR_14B
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_demo
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.layout import lora_targets
 from liveavatar_core.weights.lora import merge, open_lora

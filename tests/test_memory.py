@@ -11,29 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from liveavatar_core.config import LIVE_AVATAR_14B, ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, vae_shapes, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, vae_shapes, write_demo
 from liveavatar_core.encoders.vae import StreamDecoder, read_vae
 from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry, fit_size
 from liveavatar_core.model.dit import CausalDiT
 from liveavatar_core.pipeline.plan import PREFILL, Offload, Plan, choose
 from liveavatar_core.pipeline.stage import Stage
+from liveavatar_core.runtime.fitting import AREAS, GAPS, OUTSIDE, alternatives, asked, check, fit, room
 from liveavatar_core.runtime.memory import (
-    AREAS,
     ESTIMATED,
-    GAPS,
     GIB,
     HOST,
-    OUTSIDE,
     WAN_VAE,
     MemoryPlan,
     VaeSize,
-    alternatives,
-    asked,
-    check,
-    fit,
     plan_memory,
-    room,
     streamed_bytes,
     table,
 )

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from liveavatar_core.config import SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_dit
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.pipeline.plan import Offload, Plan, grid, layer_ring, single, tpp
 from liveavatar_core.pipeline.stage import Stage

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from bench.published_files import header, tensors_of, write_empty
 from liveavatar_core.config import LIVE_AVATAR_14B
-from liveavatar_core.demo import vae_shapes
+from liveavatar_core.demo.random_model import vae_shapes
 from liveavatar_core.encoders.vae import load_vae
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import planned_dit, prepared

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_demo
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import load_dit
 from liveavatar_core.weights.layout import infer_config, lora_targets

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from liveavatar_core.config import LoraSpec, ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DemoFiles, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import write_demo
 from liveavatar_core.encoders.audio_features import FeatureStream, load_speech_encoder
 from liveavatar_core.encoders.vae import StreamDecoder, read_vae
 from liveavatar_core.errors import Cancelled, InputError, PlanError, WeightsError

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_dit
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.pipeline.plan import single
 from liveavatar_core.pipeline.stage import Stage

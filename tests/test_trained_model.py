@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from liveavatar_core.config import SamplingConfig
-from liveavatar_core.demo import SHIPPED, DemoFiles
+from liveavatar_core.demo.files import SHIPPED, DemoFiles
 from liveavatar_core.geometry import SAMPLE_RATE
 from training.judge.role import JUDGED_AT, Role, Take, plain_role
 from training.speaker import Speaker

@@ -4,7 +4,7 @@ import numpy
 import pytest
 import torch
 
-from liveavatar_core.demo import write_demo
+from liveavatar_core.demo.random_model import write_demo
 from liveavatar_core.evaluate.measure import SECONDS
 from liveavatar_core.geometry import DEFAULT_FPS, FRAMES_DROPPED, FRAMES_PER_BLOCK, blocks_for
 from training.judge.lines import WISHES, above, below, blocks_at, came, with_wish

@@ -20,7 +20,8 @@ import json, subprocess, sys
 from pathlib import Path
 import torch
 from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_dit
 from liveavatar_core.errors import StageError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.runtime.runtime import Runtime

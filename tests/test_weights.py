@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bench.published_files import tensors_of
 from liveavatar_core.config import LIVE_AVATAR_14B
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_demo
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import empty_dit, load_dit
 from liveavatar_core.weights.file import TensorInfo

@@ -13,7 +13,8 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from liveavatar_core.demo import DemoFiles, vae_shapes
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import vae_shapes
 from liveavatar_core.geometry import DEFAULT_FPS, SAMPLE_RATE
 from liveavatar_core.weights.layout import official_config
 from training.front import new_front

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from liveavatar_core.demo import SHIPPED, DemoFiles
+from liveavatar_core.demo.files import SHIPPED, DemoFiles
 from liveavatar_core.geometry import DEFAULT_FPS, SAMPLE_RATE, frames_for
 from liveavatar_core.io.sound import load_sound, to_speech
 from training.judge.role import PROMPTS

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from liveavatar_core.config import RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DemoFiles
+from liveavatar_core.demo.files import DemoFiles
 from liveavatar_core.encoders.audio_features import FeatureStream, SpeechEncoder, load_speech_encoder
 from liveavatar_core.encoders.vae import StreamDecoder, WanVAE, read_vae
 from liveavatar_core.geometry import DEFAULT_FPS, FRAMES_DROPPED, FRAMES_PER_LATENT, blocks_for

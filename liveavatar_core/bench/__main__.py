@@ -37,7 +37,7 @@ from liveavatar_core.config import (
     RuntimeSpec,
     SamplingConfig,
 )
-from liveavatar_core.demo import DEMO_CONFIG
+from liveavatar_core.demo.random_model import DEMO_CONFIG
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
 from liveavatar_core.encoders.vae import StreamDecoder
 from liveavatar_core.errors import ConfigError, LiveAvatarError

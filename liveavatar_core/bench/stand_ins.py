@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from liveavatar_core.config import ModelConfig
-from liveavatar_core.demo import draw, vae_shapes
+from liveavatar_core.demo.random_model import draw, vae_shapes
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
 from liveavatar_core.encoders.vae import WanVAE, load_vae
 from liveavatar_core.weights.build import empty_dit

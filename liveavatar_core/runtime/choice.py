@@ -9,7 +9,8 @@ from liveavatar_core.errors import PlanError
 from liveavatar_core.geometry import Geometry
 from liveavatar_core.pipeline.costs import Rate, rate, work
 from liveavatar_core.pipeline.plan import Machine, Plan, StageSpec, Work, choose
-from liveavatar_core.runtime.memory import MemoryPlan, fit, plan_memory, streamed_bytes
+from liveavatar_core.runtime.fitting import fit
+from liveavatar_core.runtime.memory import MemoryPlan, plan_memory, streamed_bytes
 
 ALIKE = 0.02  # plans whose rates differ by less are equally fast; then the one that answers sooner is better
 NAMED = 3  # plans that the reason mentions

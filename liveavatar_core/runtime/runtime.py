@@ -26,18 +26,8 @@ from liveavatar_core.pipeline.stage import Stage
 from liveavatar_core.pipeline.stream import Pipeline, denoise
 from liveavatar_core.pipeline.threads import STALLED, ThreadedPipeline
 from liveavatar_core.runtime.choice import Choice, choose_plan
-from liveavatar_core.runtime.memory import (
-    HOST,
-    OUTSIDE,
-    MemoryPlan,
-    asked,
-    check,
-    fit,
-    plan_memory,
-    room,
-    table,
-    weight_bytes,
-)
+from liveavatar_core.runtime.fitting import OUTSIDE, asked, check, fit, room
+from liveavatar_core.runtime.memory import HOST, MemoryPlan, plan_memory, table, weight_bytes
 from liveavatar_core.runtime.probe import measure
 from liveavatar_core.schedule import levels
 from liveavatar_core.types import BlockRequest, Conditioning

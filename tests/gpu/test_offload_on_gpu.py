@@ -7,11 +7,13 @@ import torch
 from test_offload import BLOCKS, GEOMETRY, SPLITS, offloaded, run
 
 from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, write_dit
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, write_dit
 from liveavatar_core.errors import PlanError
 from liveavatar_core.model.host_memory import HostMemory
 from liveavatar_core.pipeline.plan import layer_ring, single, tpp
-from liveavatar_core.runtime.memory import HOST, fit, plan_memory
+from liveavatar_core.runtime.fitting import fit
+from liveavatar_core.runtime.memory import HOST, plan_memory
 from liveavatar_core.runtime.runtime import Runtime
 from liveavatar_core.types import BlockRequest, Conditioning
 

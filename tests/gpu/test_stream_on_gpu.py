@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from liveavatar_core.config import ModelSpec, RuntimeSpec, SamplingConfig
-from liveavatar_core.demo import DEMO_CONFIG, DemoFiles, vae_shapes, write_dit
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import DEMO_CONFIG, vae_shapes, write_dit
 from liveavatar_core.encoders.audio_features import FeatureStream
 from liveavatar_core.encoders.vae import StreamDecoder, load_vae
 from liveavatar_core.geometry import FRAMES_DROPPED, blocks_for

@@ -4,7 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
-from liveavatar_core.demo import DemoFiles, write_demo
+from liveavatar_core.demo.files import DemoFiles
+from liveavatar_core.demo.random_model import write_demo
 
 # Inputs of the loaders, ComfyUI's and ours: the folder of models they look in, and the demo's stand-in.
 STAND_INS = {

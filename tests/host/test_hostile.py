@@ -11,7 +11,7 @@ from PIL import Image
 
 from launch import ROOT, demo
 from liveavatar_core.client.connection import WorkflowFailed
-from liveavatar_core.demo import DemoFiles
+from liveavatar_core.demo.files import DemoFiles
 
 DEMO = ROOT / "workflows" / "api" / "demo.json"
 

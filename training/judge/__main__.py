@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from liveavatar_core.demo import SHIPPED, DemoFiles
+from liveavatar_core.demo.files import SHIPPED, DemoFiles
 from liveavatar_core.errors import LiveAvatarError
 from liveavatar_core.evaluate.report import Film, as_page
 from training.judge.lines import QUICK, WHOLE, Row, kept, lasting, look, prompted, reference, talking, variants

@@ -1,14 +1,10 @@
-"""A small model in the real file layouts, for trying the whole path without a download: the trained one that lies
-beside this package (`training/`), or, where there is none and in tests, a tiny random one that is written here.
-
-Real classes, real names, real formats; only the sizes are small. Pictures of random weights are noise: they show that
-everything fits together and how fast, never how a video looks.
+"""The tiny random demo model: its sizes, names and numbers, and writing it in the real formats. Equal seeds give equal
+bytes.
 """
 
 import io
 import json
 import tempfile
-from dataclasses import dataclass
 from math import prod, sqrt
 from pathlib import Path
 
@@ -16,14 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from liveavatar_core.config import LoraSpec, ModelConfig, ModelSpec
+from liveavatar_core.config import ModelConfig
+from liveavatar_core.demo.files import DemoFiles, write_json
 from liveavatar_core.errors import WeightsError
 from liveavatar_core.weights.build import empty_dit
-from liveavatar_core.weights.file import SafetensorsFile
-from liveavatar_core.weights.layout import infer_config, lora_targets
-from liveavatar_core.weights.reader import open_weights
-
-SHIPPED = Path(__file__).parents[1] / "models"  # a clone's and the registry's; a wheel has none
+from liveavatar_core.weights.layout import lora_targets
 
 _ABOUT = "Live Avatar demo model: random weights, so every picture it makes is noise."
 
@@ -42,7 +35,6 @@ DEMO_CONFIG = ModelConfig(
 _TEXT = {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
 
 _VERSION = 2  # raise it when any written byte changes
-_STAMP = "demo.json"
 _LORA_RANK = 4
 _VAE_DIM, _LATENT = 8, 16
 _SPEECH_HEADS = 4
@@ -62,108 +54,16 @@ A friendly teacher reads a story to the children; the picture is sharp, warm and
 """.strip().splitlines()
 
 
-@dataclass(frozen=True, slots=True)
-class DemoFiles:
-    """Where the parts of a demo model lie. `root` can also serve as a folder of ComfyUI models."""
-
-    root: Path
-
-    @property
-    def shards(self) -> Path:
-        """Folder in the official layout: index, shards, config.json. Only the random model has it, and the LoRA."""
-        return self.root / "Wan2.2-S2V-14B"
-
-    @property
-    def single_file(self) -> Path:
-        return self.root / "diffusion_models" / "live_avatar_demo_bf16.safetensors"
-
-    @property
-    def lora(self) -> Path:
-        return self.root / "loras" / "live_avatar_demo_lora.safetensors"
-
-    @property
-    def vae(self) -> Path:
-        return self.root / "vae" / "live_avatar_demo_vae.safetensors"
-
-    @property
-    def text_encoder(self) -> Path:
-        """umT5 in ComfyUI's single-file layout, tokenizer included; `text_config` has its sizes."""
-        return self.root / "text_encoders" / "live_avatar_demo_umt5.safetensors"
-
-    @property
-    def speech_encoder(self) -> Path:
-        """Folder in the layout of wav2vec2-large-xlsr-53-english."""
-        return self.root / "audio_encoders" / "live_avatar_demo_wav2vec2"
-
-    @property
-    def model(self) -> ModelSpec:
-        """Shards with the LoRA where they are, so that both are tried; else the single file."""
-        return ModelSpec(self.shards, (LoraSpec(self.lora),)) if self.shards.is_dir() else ModelSpec(self.single_file)
-
-    @property
-    def config(self) -> ModelConfig:
-        with open_weights(self.single_file) as reader:
-            return infer_config(reader.infos(), reader.config)
-
-    @property
-    def text_config(self) -> dict[str, int]:
-        """Where the text encoder differs from umT5-XXL; names as in its config in transformers and in ComfyUI."""
-        shapes = {name: info.shape for name, info in SafetensorsFile(self.text_encoder).infos.items()}
-        layer = "encoder.block.0.layer"
-        vocabulary, width = shapes["shared.weight"]
-        heads = shapes[f"{layer}.0.SelfAttention.relative_attention_bias.weight"][1]
-        return {
-            "d_model": width,
-            "d_ff": shapes[f"{layer}.1.DenseReluDense.wi_0.weight"][0],
-            "d_kv": shapes[f"{layer}.0.SelfAttention.q.weight"][0] // heads,
-            "num_heads": heads,
-            "num_layers": sum(name.endswith("SelfAttention.q.weight") for name in shapes),
-            "vocab_size": vocabulary,
-        }
-
-    @property
-    def about(self) -> str:
-        """In a sentence: what these weights are."""
-        return self._stamp()["about"]
-
-    @property
-    def exists(self) -> bool:
-        return (self.root / _STAMP).is_file()
-
-    def check(self) -> None:
-        """Raises WeightsError unless every file of weights is as long as it was when it was written."""
-        for name, size in self._stamp()["bytes"].items():
-            path = self.root / name
-            found = path.stat().st_size if path.is_file() else 0
-            if found != size:
-                raise WeightsError(f"{path} has {found} bytes, the demo model's has {size}; get this pack again")
-
-    def stamp(self, **said: object) -> None:
-        """Write down what these weights are, once all are there."""
-        _write_json(self.root / _STAMP, said | {"bytes": _sizes(self.root)})
-
-    def _stamp(self) -> dict:
-        return json.loads((self.root / _STAMP).read_text(encoding="utf-8"))
-
-
-def demo_files(cache: Path, shipped: Path = SHIPPED) -> DemoFiles:
-    """The trained model if there is one, else the random one, which is written to `cache` or is there already."""
-    trained = DemoFiles(shipped)
-    if not trained.exists:
-        return write_demo(cache)
-    trained.check()
-    return trained
-
-
 def write_demo(root: Path | str, seed: int = 0) -> DemoFiles:
     """Write the random model below `root`, or reuse what is there when complete and of this version and seed.
 
     Appears at once or not at all. Raises WeightsError for a folder that holds something else.
     """
     root = Path(root)
-    if _is_complete(root, seed):
-        return DemoFiles(root)
-    if root.exists() and not (root / _STAMP).is_file() and any(root.iterdir()):
+    files = DemoFiles(root)
+    if files.is_stamped(**_said(seed)):
+        return files
+    if root.exists() and not files.exists and any(root.iterdir()):
         raise WeightsError(f"{root} is not empty and holds no demo model; choose another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
@@ -175,7 +75,7 @@ def write_demo(root: Path | str, seed: int = 0) -> DemoFiles:
         _write_speech_encoder(fresh.speech_encoder, seed)
         fresh.stamp(**_said(seed))
         _publish(fresh.root, root, seed)
-    return DemoFiles(root)
+    return files
 
 
 def vae_shapes(dim: int) -> dict[str, tuple[int, ...]]:
@@ -322,8 +222,8 @@ def write_dit(files: DemoFiles, seed: int) -> None:
         weight_map |= dict.fromkeys(half, shard)
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    _write_json(files.shards / "diffusion_pytorch_model.safetensors.index.json", index)
-    _write_json(files.shards / "config.json", config)
+    write_json(files.shards / "diffusion_pytorch_model.safetensors.index.json", index)
+    write_json(files.shards / "config.json", config)
 
 
 def _official_config() -> dict:
@@ -372,9 +272,9 @@ def _write_speech_encoder(folder: Path, seed: int) -> None:
         "layer_norm_eps": 1e-5,
         "vocab_size": _LETTERS,
     }
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     preprocessor = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "do_normalize": True, "feature_size": 1}
-    _write_json(folder / "preprocessor_config.json", preprocessor | {"padding_value": 0.0, "sampling_rate": 16_000})
+    write_json(folder / "preprocessor_config.json", preprocessor | {"padding_value": 0.0, "sampling_rate": 16_000})
 
 
 def train_tokenizer() -> Tensor:
@@ -406,26 +306,8 @@ def _save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | Non
     save_file(tensors, path, metadata or {"format": "pt"})
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
 def _said(seed: int) -> dict[str, object]:
     return {"about": _ABOUT, "version": _VERSION, "seed": seed}
-
-
-def _sizes(root: Path) -> dict[str, int]:
-    """Of the weights alone: the text files beside them may get other line ends on the way."""
-    return {path.relative_to(root).as_posix(): path.stat().st_size for path in sorted(root.rglob("*.safetensors"))}
-
-
-def _is_complete(root: Path, seed: int) -> bool:
-    try:
-        stamp = json.loads((root / _STAMP).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return stamp == _said(seed) | {"bytes": _sizes(root)}
 
 
 def _publish(fresh: Path, root: Path, seed: int) -> None:
@@ -436,5 +318,5 @@ def _publish(fresh: Path, root: Path, seed: int) -> None:
         fresh.rename(root)
     except OSError:
         # Another process may have written the same demo in between.
-        if not _is_complete(root, seed):
+        if not DemoFiles(root).is_stamped(**_said(seed)):
             raise
