@@ -28,8 +28,8 @@ def join() -> str:
     return f"cuda:{number}" if on_gpu else "cpu"
 
 
-def average(values: Tensor) -> None:
-    """In place, over all processes."""
+def average_over_processes(values: Tensor) -> None:
+    """In place."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()

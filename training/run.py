@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.muon import Muon, matrices
-from training.parallel import average, largest, place
+from training.parallel import average_over_processes, largest, place
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def minimise(
     step = start = history[-1]["step"] if history else 0
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = _optimizers(model, parameters, rate, decay)
-    means = [p.detach().clone() for p in parameters]
+    average = [p.detach().clone() for p in parameters]
     recent: list[dict[str, Tensor]] = []
     saved = last = time.monotonic()
     while step < steps:
@@ -65,32 +65,32 @@ def minimise(
             spent = largest(time.monotonic() - begin)
         if spent >= 60 * minutes:
             break
-        now = rate * _warm(step - start) * _cosine((before + spent) / max(whole, 1))
+        current = rate * _warm(step - start) * _cosine((before + spent) / max(whole, 1))
         values = learn(step)
         norm = _tame_gradients(parameters)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = now
+            optimizer.param_groups[0]["lr"] = current
             optimizer.step()
         for parameter in parameters:
             parameter.grad = None
         step += 1
         share = 1 - min(AVERAGING, (step - start) / (step - start + 10))
-        torch._foreach_lerp_(means, [p.detach() for p in parameters], share)
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], share)
         recent.append({name: value.detach() for name, value in values.items()} | {"gradient": norm.detach()})
         if step % LOG_STEPS == 0 or step == steps:
-            clock = time.monotonic()
-            history.append(_entry(step, (clock - last) / len(recent), recent))
-            recent, last = [], clock
+            now = time.monotonic()
+            history.append(_entry(step, (now - last) / len(recent), recent))
+            recent, last = [], now
             log.info("%s %s", stage, " ".join(f"{name} {value:.5g}" for name, value in history[-1].items()))
-            if clock - saved > SAVE_SECONDS:
-                _save_average(stage, model, parameters, means, history, folder)
-                saved = clock
+            if now - saved > SAVE_SECONDS:
+                _save_average(stage, model, parameters, average, history, folder)
+                saved = now
     if recent:
         history.append(_entry(step, (time.monotonic() - last) / len(recent), recent))
     with torch.no_grad():
-        for parameter, mean in zip(parameters, means, strict=True):
+        for parameter, mean in zip(parameters, average, strict=True):
             parameter.copy_(mean)
-    _save_average(stage, model, parameters, means, history, folder)
+    _save_average(stage, model, parameters, average, history, folder)
     return step
 
 
@@ -112,7 +112,7 @@ def _tame_gradients(parameters: list[nn.Parameter]) -> Tensor:
     """Average them over all processes and shorten them, in place; returns their norm. Where it is not finite they
     become 0, on the device: a host that looked would keep the device waiting."""
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    average(flat)
+    average_over_processes(flat)
     norm = flat.norm()
     flat = torch.where(norm.isfinite(), flat * (LARGEST_GRADIENT / norm.clamp(min=LARGEST_GRADIENT)), 0)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
@@ -140,12 +140,12 @@ def _cosine(share: float) -> float:
 
 
 def _save_average(
-    stage: str, model: nn.Module, parameters: list[Tensor], means: list[Tensor], history: list[dict], folder: Path
+    stage: str, model: nn.Module, parameters: list[Tensor], average: list[Tensor], history: list[dict], folder: Path
 ) -> None:
     if place()[0] > 0:
         return
-    ends = {id(parameter): mean for parameter, mean in zip(parameters, means, strict=True)}
-    state = {name: ends.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    means = {id(parameter): mean for parameter, mean in zip(parameters, average, strict=True)}
+    state = {name: means.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     save_weights(folder, stage, state)
     folder.joinpath(f"{stage}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
     draw_curve(history, folder / f"{stage}.png")

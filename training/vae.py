@@ -274,13 +274,11 @@ def main() -> None:
     if options.late:
         for part in (model.encoder, model.quant_conv, model.post_quant_conv):  # latents stay what they are
             part.requires_grad_(False)
-        draw, of_batch, rate = (
-            late_batches(model, device, crop=options.crop or options.side, **drawn),
-            late_losses,
-            5e-4,
-        )
+        draw = late_batches(model, device, crop=options.crop or options.side, **drawn)
+        of_batch, rate = late_losses, 5e-4
     else:
-        draw, of_batch, rate = batches(device, **drawn), losses, 2e-3
+        draw = batches(device, **drawn)
+        of_batch, rate = losses, 2e-3
     batch, learned = ahead(draw, device), Gradients(model, partial(of_batch, model))
     minimise(
         "vae",
