@@ -47,12 +47,11 @@ def minimise(
 
     `learn(step)` leaves gradients in the parameters and returns the losses (`graphs.Gradients`).
     `folder` has the weights and the log of earlier slices, if any, and gets the new ones. `whole`: minutes of all
-    slices together, over which the rate falls along a cosine; None: there is but this one. The model ends with its
-    averaged weights. Of several processes (`parallel`) the first one's losses are written down.
+    slices together, over which the rate falls along a cosine; None: it falls over this slice alone. The model ends
+    with its averaged weights. Of several processes (`parallel`) the first one's losses are written down.
     """
     history = read_log(folder, stage)
-    before = _seconds(history)
-    whole = 60 * minutes + before if whole is None else 60 * whole
+    before, whole = (0.0, 60 * minutes) if whole is None else (_seconds(history), 60 * whole)
     begin, spent = time.monotonic(), 0.0
     step = start = history[-1]["step"] if history else 0
     parameters = [p for p in model.parameters() if p.requires_grad]

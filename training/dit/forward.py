@@ -30,11 +30,15 @@ from liveavatar_core.model.rope import (
     reference_position,
 )
 
+FUSED = ("norm", "add_norm", "gated", "gelu", "rms_norm", "rotate")
+
 
 @contextmanager
-def gradients() -> Iterator[None]:
-    """The engine's kernels know no gradients: inside, the plain forms run."""
-    with patch.object(pointwise, "_kernels", lambda device: None), patch.object(layers, "attend", _attend):
+def gradients(*, fused: bool = False) -> Iterator[None]:
+    """The engine's kernels know no gradients: inside, the plain forms run. `fused`: compiled, each a kernel or two;
+    a step on a GPU is mostly what lies between the matrix products."""
+    forms = {name: torch.compile(getattr(pointwise, name), dynamic=False) for name in FUSED} if fused else {}
+    with patch.object(pointwise, "_kernels", lambda device: None), patch.multiple(layers, attend=_attend, **forms):
         yield
 
 
@@ -102,7 +106,8 @@ def conditions(
     `versions` int64, the sink that each block looks at, `waves` of timestep 0, `sink` as `sink_factors` and `factors`
     as `blocks_factors` make them."""
     clips, blocks = features_BNSDt.shape[:2]
-    text = [(k.squeeze(1), v.squeeze(1)) for k, v in torch.vmap(model.embed_text)(text_BSD)]
+    texts = [model.embed_text(text_SD) for text_SD in text_BSD]
+    text = [tuple(torch.cat(parts) for parts in zip(*clips, strict=True)) for clips in zip(*texts, strict=True)]
     audio = model.casual_audio_encoder.block(features_BNSDt.transpose(0, 1).flatten(0, 1), model.dtype)
     one = replace(audio, local=audio.local.flatten(0, 1)[None], pooled=audio.pooled.flatten(0, 1)[None])
     modulation = model.modulate(waves_W).modulation

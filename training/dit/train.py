@@ -241,7 +241,7 @@ def main() -> None:
         return draw_batch(DEMO, group, seed, blocks=options.blocks, teach=options.teach)
 
     batch = ahead(draw, device)
-    with gradients():
+    with gradients(fused=device != "cpu"):
         minimise(
             "dit",
             model,
