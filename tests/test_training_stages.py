@@ -343,7 +343,7 @@ def test_the_dit_learns(groups, tmp_path, teach):
     learned = Gradients(model, partial(losses, model, Geometry(CLIP_SIDE, CLIP_SIDE), teach))
 
     def lose(step):
-        return learned(*draw_batch(CONFIG, groups[True], step % 4, blocks=2, teach=teach))
+        return learned(*draw_batch(CONFIG, groups[True], step % 4, clips=1, blocks=2, teach=teach))
 
     with gradients():
         before = sum(lose(step)["loss"].item() for step in range(4))

@@ -22,7 +22,7 @@ class Pool(Generic[Item]):
 
         `beside`: later ones are made by a thread, on a stream of its own of the caller's GPU, beside whatever learns.
         """
-        self._make, self._seed = make, first_seed
+        self._make, self._first_seed, self.made = make, first_seed, 0
         self._items: deque[Item] = deque(maxlen=size)
         self._wanted: threading.Semaphore | None = None
         self.refresh(min(size, begin_with))
@@ -48,8 +48,9 @@ class Pool(Generic[Item]):
         return chosen
 
     def _next(self) -> Item:
-        self._seed += 1
-        return self._make(self._seed - 1)
+        item = self._make(self._first_seed + self.made)
+        self.made += 1
+        return item
 
     def _end(self, thread: threading.Thread) -> None:
         """A thread that is on the GPU when the interpreter goes takes the process down."""

@@ -9,5 +9,6 @@ python3 -m training.export vae --folder "$work"
 dit="python3 -m training.dit.train --models $work --folder $work --sounds 100 --begin 6"
 $dit --minutes 0.4 --teach
 $dit --minutes 0.9
-python3 -m training.dit.show --models "$work" --folder "$work" --scenes 3
+python3 -m training.export all --folder "$work" --to "$work/files"
+python3 -m training.judge --models "$work/files" --out "$work" --quick --lines 1
 cp "$work"/*.jpg "$work"/dit.png "$1"

@@ -60,7 +60,7 @@ def test_the_dit_step_by_step(teach):
         return {name: value.detach() for name, value in values.items()}
 
     for seed in range(5):  # rollouts of 3, 4 and 5 steps among them
-        batch = draw_batch(DEMO, group(DEMO, seed), seed, blocks=BLOCKS, teach=teach)
+        batch = draw_batch(DEMO, group(DEMO, seed), seed, clips=CLIPS, blocks=BLOCKS, teach=teach)
         with gradients(fused=True):
             got, mine = learn(captured, model, batch)
         with gradients():

@@ -7,7 +7,7 @@ streams, because the rotary positions of a batch are common.
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class Group:
     features: Tensor  # (B, N, states, width, 12)
     text: Tensor  # (B, length, width)
     weight: Tensor  # (B, N, 1, F, h, w)
+
+    def some(self, rows: Sequence[int]) -> "Group":
+        """These of its clips."""
+        tensors = (getattr(self, field.name) for field in fields(self)[1:])
+        return Group(self.first_block, *(tensor[list(rows)] for tensor in tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +150,8 @@ def _draw(scene: Scene, start: Pose | None, poses: Pose, known: Encoders) -> Ten
         return (paint(look, pose, known.side, known.side, known.device) * 255).round().to(torch.uint8)
 
     still = draw(scene.picture, Pose.still(**scene.ajar)).expand(STILLS, -1, -1, -1)
-    videos = [draw(scene.video, pose) for pose in (start, poses) if pose is not None]
-    return torch.cat((still, *videos)).transpose(0, 1)
+    shown = poses if start is None else Pose.of(torch.cat((start.rows(), poses.rows())))
+    return torch.cat((still, draw(scene.video, shown))).transpose(0, 1)
 
 
 def _encode(vae: WanVAE, pixels_B3THW: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from liveavatar_core.config import DISTANCE_RANGE, ModelConfig, SamplingConfig
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech
@@ -48,6 +49,7 @@ log = logging.getLogger(__name__)
 REANCHOR = SamplingConfig().reanchor_block
 STEPS = (4, 4, 4, 3, 5)  # of the rollouts; four is what is used
 SOUND_SECONDS = 12.0
+COARSE, CELL = 8.0, 4  # what a block's mean error costs in cells of 4 x 4: the VAE makes three times as much of it
 
 
 def new_dit() -> CausalDiT:
@@ -84,9 +86,10 @@ class Batch(NamedTuple):
     motion: Tensor  # (B, C, 19, h, w)
 
 
-def draw_batch(config: ModelConfig, group: Group, seed: int, *, blocks: int, teach: bool) -> Batch:
-    """`blocks` of a group's clips."""
+def draw_batch(config: ModelConfig, group: Group, seed: int, *, clips: int, blocks: int, teach: bool) -> Batch:
+    """`blocks` of some of a group's clips."""
     generator = random.Random(seed)
+    group = group.some(generator.sample(range(len(group.latents)), clips))
     start = generator.randrange(BLOCKS - blocks + 1)
     first, chosen, device = group.first_block + start, slice(start, start + blocks), group.latents.device
     reanchored = generator.random() < 0.75
@@ -149,13 +152,16 @@ def losses(model: CausalDiT, geometry: Geometry, teach: bool, *batch: Tensor) ->
         with half():
             flow = velocities(model, known, latents, b.waves[number + 1], b.references[number]).float()
         # the straight way from here to the truth, however we came here
-        squares = (flow - (latents - b.wanted) / level).square()
-        total = total + (squares * b.weight).mean() / b.weight.mean() / (last + 1)
+        errors = flow - (latents - b.wanted) / level
+        squares = errors.square()
+        coarse = avg_pool2d(errors.mean(3).flatten(0, 1), CELL).square().mean()
+        total = total + ((squares * b.weight).mean() / b.weight.mean() + COARSE * coarse) / (last + 1)
         if number == 0:
             parts["first"] = squares.mean() * level**2
         if number == last:
             lips = (b.weight > EYES + 1).float()
             parts["last"] = squares.mean() * level**2
+            parts["coarse"] = coarse * level**2
             parts["lips"] = (squares * lips).sum() / lips.expand_as(squares).sum().clamp(min=1) * level**2
         if not teach:
             latents = latents + (following - level) * flow.detach()
@@ -196,11 +202,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of a clip that go through the model at once")
-    parser.add_argument("--batch", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=3, help="clips of a step")
     parser.add_argument("--teach", action="store_true")
     parser.add_argument("--sounds", type=int, default=400)
-    parser.add_argument("--groups", type=int, default=160, help="kept in memory")
-    parser.add_argument("--begin", type=int, default=24, help="groups made before the first step")
+    parser.add_argument("--group", type=int, default=12, help="clips that are encoded at once")
+    parser.add_argument("--groups", type=int, default=80, help="kept in memory")
+    parser.add_argument("--begin", type=int, default=12, help="groups made before the first step")
     parser.add_argument("--every", type=int, default=12, help="steps between new groups")
     parser.add_argument("--side", type=int, default=SIDE)
     options = parser.parse_args()
@@ -222,7 +229,7 @@ def main() -> None:
 
     @torch.no_grad()
     def make(seed: int) -> Group:
-        return make_group(seed, options.batch, known, sounds, heard)
+        return make_group(seed, options.group, known, sounds, heard)
 
     pool = Pool(
         options.groups,
@@ -238,7 +245,7 @@ def main() -> None:
             pool.refresh(1)
         seed = step * count + number
         (group,) = pool.draw(1, random.Random(seed))
-        return draw_batch(DEMO, group, seed, blocks=options.blocks, teach=options.teach)
+        return draw_batch(DEMO, group, seed, clips=options.batch, blocks=options.blocks, teach=options.teach)
 
     batch = ahead(draw, device)
     with gradients(fused=device != "cpu"):
@@ -251,6 +258,7 @@ def main() -> None:
             whole=options.whole,
             rate=1e-3,
         )
+    log.info("dit: learned from %d clips", pool.made * options.group)
 
 
 if __name__ == "__main__":
