@@ -6,6 +6,8 @@ A prompt names any of background, light, grade and action; what it does not name
 import random
 from dataclasses import dataclass
 
+from training.speech.sounds import WORDS
+
 _SUBJECTS = {
     "portrait": ("a person", "a woman", "a man", "a presenter", "a friendly person", "somebody"),
     "anime": ("an anime girl", "an anime character", "a manga hero", "a cartoon girl", "a cartoon character"),
@@ -13,7 +15,7 @@ _SUBJECTS = {
 }
 _BACKGROUNDS = {
     "studio": ("in a studio", "in front of a plain wall", "before a plain background"),
-    "office": ("in an office", "in a room with books", "in a quiet room", "at a desk in an office"),
+    "office": ("in an office", "in a room with books", "in a library", "in a quiet room", "at a desk in an office"),
     "forest": ("in a forest", "in the woods", "among green trees"),
     "city": ("in a city at night", "in front of skyscrapers at night", "in a dark city"),
     "beach": ("on the beach", "by the sea", "at the sea under a blue sky"),
@@ -43,6 +45,13 @@ _ACTIONS = {
     "laugh": ("laughing heartily", "laughing gently", "is laughing"),
     "nod": ("nodding slowly", "is nodding", "talking and nodding"),
 }
+# Said of somebody, whom the picture shows anyway; they change nothing, whatever else their words may mean.
+_DETAILS = (
+    *(f"with {colour} hair" for colour in ("brown", "green", "red", "golden", "black", "dark", "long")),
+    *(f"with a {colour} beard" for colour in ("red", "white", "warm brown")),
+    *(f"in a {thing}" for thing in ("green dress", "blue shirt", "white coat", "black suit")),
+    *(f"with {thing}" for thing in ("a horned helmet", "a hammer", "glasses", "blue eyes", "a book", "headphones")),
+)
 # Said of a class of pictures, which the picture shows anyway; they change nothing.
 _STYLES = {
     "portrait": ("photorealistic portrait", "a photo", "realistic"),
@@ -50,6 +59,7 @@ _STYLES = {
     "game": ("Blizzard cinematics style", "game art", "claymation"),
 }
 _IDLE = ("high quality", "sharp", "4k", "steady lips", "detailed", "the camera does not move", "frontal")
+_STRANGERS = WORDS["en"].split()  # people write more than the model knows
 
 NAMED = {"background": _BACKGROUNDS, "light": _LIGHTS, "grade": _GRADES, "action": _ACTIONS}
 
@@ -81,6 +91,8 @@ def write(wish: Wish, generator: random.Random) -> str:
         return generator.choice(words[key]) if key is not None else ""
 
     subject = generator.choice(_SUBJECTS[wish.kind]) if generator.random() < 0.85 else ""
+    if subject and generator.random() < 0.4:
+        subject += " " + generator.choice(_DETAILS)
     action, background = one(_ACTIONS, wish.action), one(_BACKGROUNDS, wish.background)
     sentence = " ".join(part for part in (subject, action, background) if part)
     if generator.random() < 0.3 and background:
@@ -95,6 +107,14 @@ def write(wish: Wish, generator: random.Random) -> str:
     if generator.random() < 0.5:
         prompt = prompt[:1].upper() + prompt[1:]
     return prompt + generator.choice(("", "", "."))
+
+
+def among_strangers(prompt: str, generator: random.Random) -> str:
+    """With words here and there that mean nothing to the model."""
+    words = prompt.split()
+    for _ in range(generator.choice((0, 0, 1, 3))):
+        words.insert(generator.randrange(len(words) + 1), generator.choice(_STRANGERS))
+    return " ".join(words)
 
 
 def vocabulary() -> list[str]:

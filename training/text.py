@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from training.graphs import Gradients
-from training.prompts import NAMED, Wish, draw_wish, vocabulary, write
+from training.prompts import NAMED, Wish, among_strangers, draw_wish, vocabulary, write
 from training.run import Losses, minimise, read_weights
 from training.sizes import DEMO, TEXT
 from training.speech.sounds import WORDS
@@ -106,13 +106,7 @@ def labels(wishes: list[Wish]) -> dict[str, Tensor]:
 def batch(tokenizer, step: int, size: int = 64) -> tuple[Tensor, dict[str, Tensor]]:
     generator = random.Random(step)
     wishes = [draw_wish(generator, generator.choice(KINDS)) for _ in range(size)]
-    strangers = WORDS["en"].split()
-    prompts = []
-    for wish in wishes:
-        words = write(wish, generator).split()
-        for _ in range(generator.choice((0, 0, 1, 3))):  # people write more than we know
-            words.insert(generator.randrange(len(words) + 1), generator.choice(strangers))
-        prompts.append(" ".join(words))
+    prompts = [among_strangers(write(wish, generator), generator) for wish in wishes]
     return tokenize(tokenizer, prompts), labels(wishes)
 
 

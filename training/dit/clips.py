@@ -22,7 +22,7 @@ from liveavatar_core.geometry import (
     MOTION_LATENTS,
     PIXELS_PER_LATENT,
 )
-from training.prompts import Wish, draw_wish, write
+from training.prompts import Wish, among_strangers, draw_wish, write
 from training.speech.sounds import Sound
 from training.vae import encode
 from training.world.looks import BACKGROUNDS, KINDS, LIGHTS, Look, draw_look
@@ -96,7 +96,7 @@ def draw_scene(seed: int, *, held_out: bool = False) -> Scene:
     ajar = {}
     if generator.random() < 0.25:
         ajar = {"open": generator.random() * 0.7, "wide": generator.random(), "smile": generator.random()}
-    prompt = write(wish, generator) if generator.random() < 0.95 else ""
+    prompt = among_strangers(write(wish, generator), generator) if generator.random() < 0.95 else ""
     wish = wish if prompt else Wish(kind=kind)
     video = replace(
         look,
