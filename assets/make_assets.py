@@ -29,7 +29,7 @@ SCALE = 4
 BANNER = (1260, 540)
 BANNER_WORDS = [("Wan Live Avatar", 78, 96), ("A portrait, speech and a prompt become", 30, 214),
                 ("a talking video, shown while it is made", 30, 256)]  # fmt: skip
-CHARACTERS = [("anime.jpg", "anime", 17), ("game_character.jpg", "game", 10)]
+CHARACTERS = [("anime.jpg", "anime", 16), ("game_character.jpg", "game", 13)]  # the demo model has not seen them
 THUMBNAIL = 480
 TEMPLATES = [("portrait", "portrait.png", "Portrait", {}), ("anime", "anime.jpg", "Anime", {}),
              ("game_character", "game_character.jpg", "Game character", {}),
@@ -37,7 +37,7 @@ TEMPLATES = [("portrait", "portrait.png", "Portrait", {}), ("anime", "anime.jpg"
              ("low_memory", "portrait.png", "Low memory", {"dim": 0.45}),
              ("many_gpus", "portrait.png", "Many GPUs", {"count": 2}),
              ("headless", "portrait.png", "python, curl | ffplay", {"dim": 0.7}),
-             ("demo", "portrait.png", "Demo", {"dim": 0.25})]  # fmt: skip
+             ("demo", "anime.jpg", "Demo", {"dim": 0.25})]  # fmt: skip
 SENTENCE = "Hello! I am a drawing, and a computer speaks for me. Nice to meet you."
 
 Point = tuple[float, float]
@@ -195,7 +195,7 @@ def draw_banner(portrait: Canvas, speech: Path) -> Image.Image:
 
 
 def draw_character(kind: str, seed: int, side: int = 512) -> Image.Image:
-    twice = paint(draw_look(seed, kind), Pose.still(smile=0.4), 2 * side, 2 * side)
+    twice = paint(draw_look(seed, kind, held_out=True), Pose.still(smile=0.4), 2 * side, 2 * side)
     return contact_sheet(torch.nn.functional.avg_pool2d(twice, 2), 1)
 
 

@@ -16,13 +16,13 @@ from liveavatar_core.errors import LiveAvatarError
 from . import ROOT, LaunchError
 
 WORKFLOW = ROOT / "workflows" / "api" / "demo.json"
-PORTRAIT, SPEECH = ROOT / "assets" / "portrait.png", ROOT / "assets" / "speech.wav"
+PICTURE, SPEECH = ROOT / "assets" / "anime.jpg", ROOT / "assets" / "speech.wav"
 OUT = ROOT / "out"
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run.py demo", description="Make a talking video with the demo model.")
-    parser.add_argument("--image", type=Path, default=PORTRAIT, metavar="FILE", help="portrait; default: %(default)s")
+    parser.add_argument("--image", type=Path, default=PICTURE, metavar="FILE", help="portrait; default: %(default)s")
     parser.add_argument("--audio", type=Path, default=SPEECH, metavar="FILE", help="speech; default: %(default)s")
     parser.add_argument("--prompt", metavar="TEXT", help="what the picture shows; default: the workflow's")
     parser.add_argument("--seconds", type=float, metavar="N", help="use only the first N seconds of the speech")
