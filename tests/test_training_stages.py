@@ -30,7 +30,7 @@ from training.front import mouth_at_states, new_front, normalised
 from training.graphs import Gradients
 from training.lips import read_opening
 from training.pool import Pool
-from training.prompts import NAMED, draw_wish, write
+from training.prompts import NAMED, among_strangers, draw_wish, write
 from training.sizes import DEMO, TEXT
 from training.speaker import read_text_encoder
 from training.speech.sounds import Sound, music
@@ -255,6 +255,8 @@ def test_prompts_say_what_is_wished(tmp_path):
             named = {key for key, phrases in words.items() if any(phrase.lower() in said for phrase in phrases)}
             wanted = getattr(wish, name)
             assert wanted is None or wanted in named, (prompt, name, wanted)
+        left = iter(among_strangers(prompt, generator).split())
+        assert all(word in left for word in prompt.split()), "all words are there, in their order"
     tokens = tokenize(tokenizer, prompts)
     assert tokens.shape[1] <= DEMO.text_len and (tokens == 1).sum(1).eq(1).all()
     assert torch.equal(tokenize(tokenizer, ["An ANIME girl"]), tokenize(tokenizer, ["an anime girl"]))

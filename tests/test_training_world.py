@@ -1,5 +1,6 @@
 """The drawn world: what a seed gives, what moves, and that the truth about mouths is where it is said to be."""
 
+import math
 from dataclasses import replace
 
 import numpy
@@ -9,6 +10,7 @@ import torch
 from liveavatar_core.geometry import FRAMES_PER_LATENT
 from liveavatar_core.model.rope import grid_factors
 from training.world import painter
+from training.world.light import turned
 from training.world.looks import BACKGROUNDS, GRADES, KINDS, LIGHTS, draw_look, is_held_out
 from training.world.motion import HEAD_DIM, QUICK, SLOW, perform
 from training.world.painter import paint
@@ -120,3 +122,10 @@ def test_the_clock_can_be_read_off_rotary_positions():
     for pair, rate in ((1, QUICK), (2, SLOW)):
         angles = torch.tensor([latent * FRAMES_PER_LATENT * rate for latent in latents], dtype=torch.float64)
         torch.testing.assert_close(factors[:, pair, 1].double(), angles.sin(), rtol=0, atol=1e-3)
+
+
+def test_hues_turn_and_greys_stay():
+    colours = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(turned(colours, 2 * math.pi / 3), colours.roll(1, 1))
+    greys = colours[:, :1].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(turned(greys, 1.0), greys)

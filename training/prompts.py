@@ -94,10 +94,13 @@ def write(wish: Wish, generator: random.Random) -> str:
     if subject and generator.random() < 0.4:
         subject += " " + generator.choice(_DETAILS)
     action, background = one(_ACTIONS, wish.action), one(_BACKGROUNDS, wish.background)
+    rest = [one(_LIGHTS, wish.light), one(_GRADES, wish.grade)]
+    if wish.action not in (None, "talk") and generator.random() < 0.4:  # as the nodes write it
+        rest.append(action)
+        action = one(_ACTIONS, "talk")
     sentence = " ".join(part for part in (subject, action, background) if part)
     if generator.random() < 0.3 and background:
         sentence = ", ".join(part for part in (" ".join(p for p in (subject, background) if p), action) if part)
-    rest = [one(_LIGHTS, wish.light), one(_GRADES, wish.grade)]
     if generator.random() < 0.4:
         rest.append(generator.choice(_STYLES[wish.kind]))
     if generator.random() < 0.3:

@@ -5,6 +5,7 @@ prompt wants it; the video is as the prompt wants it. Clips come in groups that 
 streams, because the rotary positions of a batch are common.
 """
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -25,6 +26,7 @@ from liveavatar_core.geometry import (
 from training.prompts import Wish, among_strangers, draw_wish, write
 from training.speech.sounds import Sound
 from training.vae import encode
+from training.world.light import turned
 from training.world.looks import BACKGROUNDS, KINDS, LIGHTS, Look, draw_look
 from training.world.motion import perform
 from training.world.painter import paint
@@ -46,6 +48,7 @@ class Scene:
     action: str
     prompt: str
     ajar: dict[str, float]  # the mouth in the picture
+    hue: float = 0.0  # by which all colours are turned, radians
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,10 @@ def draw_scene(seed: int, *, held_out: bool = False) -> Scene:
         light=wish.light or light,
         grade=wish.grade or look.grade,
     )
-    return Scene(picture, video, wish.action or "talk", prompt, ajar)
+    # Colours that nothing has in this world: they can only be taken from the picture. A light has its own.
+    strange = picture == video and light == "neutral" and video.grade == "none" and generator.random() < 0.8
+    hue = generator.uniform(-math.pi, math.pi) if strange else 0.0
+    return Scene(picture, video, wish.action or "talk", prompt, ajar, hue)
 
 
 def make_group(seed: int, size: int, known: Encoders, sounds: Sequence[Sound], heard: Sequence[FeatureStream]) -> Group:
@@ -147,7 +153,8 @@ def _draw(scene: Scene, start: Pose | None, poses: Pose, known: Encoders) -> Ten
     """(3, frames, side, side) uint8: the picture, the beginning of its stream if this is not it, the clip."""
 
     def draw(look: Look, pose: Pose) -> Tensor:
-        return (paint(look, pose, known.side, known.side, known.device) * 255).round().to(torch.uint8)
+        frames = paint(look, pose, known.side, known.side, known.device)
+        return (turned(frames, scene.hue) * 255).round().to(torch.uint8)
 
     still = draw(scene.picture, Pose.still(**scene.ajar)).expand(STILLS, -1, -1, -1)
     shown = poses if start is None else Pose.of(torch.cat((start.rows(), poses.rows())))

@@ -1,5 +1,6 @@
 """Lamps and the colour grade over the finished picture."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -68,3 +69,11 @@ def grade(image: Tensor, name: str) -> Tensor:
         image = ((image - 0.5) * contrast + 0.5) * image.new_tensor(tint).view(3, 1, 1)
         image = image + (1 - image) * white
     return image.clamp(0, 1)
+
+
+def turned(image: Tensor, angle: float) -> Tensor:
+    """(N, 3, H, W) with all hues turned by radians; greys stay."""
+    along = math.sin(angle) / math.sqrt(3)
+    around = image.new_tensor([[0, -along, along], [along, 0, -along], [-along, along, 0]])
+    mixed = image.new_full((3, 3), (1 - math.cos(angle)) / 3) + math.cos(angle) * torch.eye(3).to(image) + around
+    return torch.einsum("ij,njhw->nihw", mixed, image).clamp(0, 1)
