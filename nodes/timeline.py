@@ -50,7 +50,7 @@ class TimeLine(io.ComfyNode):
         plan, sampling = latents.plan, latents.request.sampling
         title = f"{plan.name}, {len(plan.stages)} stages"
         line = Timeline.of(latents.monitor, plan, title, depth=plan.depth, reanchor=sampling.reanchor_block)
-        picture = torch.from_numpy(numpy.asarray(line.picture())).float().div(255).unsqueeze(0)
+        picture = torch.from_numpy(numpy.array(line.picture())).float().div(255).unsqueeze(0)
         text = "\n".join(_figures(latents.monitor))
         host.say(cls.hidden.unique_id, text)
         return io.NodeOutput(picture, text, ui=ui.PreviewImage(picture, cls=cls))
