@@ -5,6 +5,7 @@
 Without torchrun there is one process, and nothing here does anything.
 """
 
+import atexit
 import os
 
 import torch
@@ -25,6 +26,7 @@ def join() -> str:
         if on_gpu:
             torch.cuda.set_device(number)
         dist.init_process_group("nccl" if on_gpu else "gloo")
+        atexit.register(dist.destroy_process_group)
     return f"cuda:{number}" if on_gpu else "cpu"
 
 
