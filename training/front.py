@@ -3,14 +3,12 @@
 python -m training.front --folder .train --minutes 4
 """
 
-import argparse
 import logging
 import os
 import random
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import numpy
 import torch
@@ -21,7 +19,7 @@ from liveavatar_core.encoders.audio_features import HIDDEN_FIELD, HIDDEN_STRIDE,
 from liveavatar_core.geometry import SAMPLE_RATE
 from training.ahead import ahead
 from training.graphs import Gradients
-from training.run import minimise, read_log, read_weights
+from training.run import minimise, read_log, read_weights, stage_parser
 from training.sizes import SPEECH_DIM, SPEECH_HEADS, SPEECH_LAYERS
 from training.speech.mouths import RATE
 from training.speech.sounds import Sound, sound
@@ -116,10 +114,7 @@ def batches(sounds: list[Sound], size: int, device: str) -> Callable[[int], tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
-    parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
+    parser = stage_parser(__doc__, minutes=4)
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--sounds", type=int, default=1500)
     options = parser.parse_args()

@@ -4,6 +4,7 @@ A slice of training starts from the weights the last one left, with a fresh opti
 in bfloat16 is a tenth of a full checkpoint and loses a few steps.
 """
 
+import argparse
 import json
 import logging
 import math
@@ -29,6 +30,15 @@ SAVE_SECONDS = 150
 LOG_STEPS = 20
 
 Losses = Mapping[str, Tensor]  # "loss" is minimised; the others are written down beside it
+
+
+def stage_parser(about: str, *, minutes: float) -> argparse.ArgumentParser:
+    """What every stage is told: `minutes` unless the command says otherwise."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
+    return parser
 
 
 def minimise(

@@ -3,7 +3,6 @@
 python -m training.text --folder .train --minutes 4
 """
 
-import argparse
 import io
 import logging
 import random
@@ -18,7 +17,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from training.graphs import Gradients
 from training.prompts import NAMED, Wish, among_strangers, draw_wish, vocabulary, write
-from training.run import Losses, minimise, read_weights
+from training.run import Losses, minimise, read_weights, stage_parser
 from training.sizes import DEMO, TEXT
 from training.speech.sounds import WORDS
 from training.world.looks import KINDS
@@ -118,10 +117,7 @@ def losses(reader: Reader, tokens: Tensor, *wanted: Tensor) -> dict[str, Tensor]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
-    parser.add_argument("--minutes", type=float, default=4)
-    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
+    parser = stage_parser(__doc__, minutes=4)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     tokenizer = read_tokenizer(options.folder)

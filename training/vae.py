@@ -7,7 +7,6 @@ What the causal convolutions see of the past settles over some twenty frames. Sh
 decoder that knows only them turns every stream pink; long ones would cost several times as much for all else.
 """
 
-import argparse
 import logging
 import random
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from liveavatar_core.geometry import FRAMES_PER_LATENT, LATENTS_PER_BLOCK, PRIME
 from training.ahead import ahead
 from training.graphs import Gradients
 from training.pool import Pool
-from training.run import minimise, read_log, read_weights
+from training.run import minimise, read_log, read_weights, stage_parser
 from training.sizes import SIDE, VAE_DIM
 from training.world.looks import GRADES, KINDS, LIGHTS, draw_look
 from training.world.painter import paint
@@ -245,10 +244,7 @@ def normalise(model: AutoencoderKLWan, clips: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
-    parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
+    parser = stage_parser(__doc__, minutes=9)
     parser.add_argument("--late", action="store_true", help="the decoder alone, on what comes late in a stream")
     parser.add_argument("--crop", type=int, help="px of a picture that --late learns from; all")
     parser.add_argument("--batch", type=int, default=2)

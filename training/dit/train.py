@@ -7,7 +7,6 @@ With --teach the history of a block is the truth with noise; without, it is what
 same level, as at inference. The world leaves nothing to chance, so that there is a right answer for either.
 """
 
-import argparse
 import logging
 import random
 from functools import partial
@@ -40,7 +39,7 @@ from training.front import make_sounds, new_front
 from training.graphs import Gradients
 from training.parallel import join, place
 from training.pool import Pool
-from training.run import minimise, read_log, read_weights
+from training.run import minimise, read_log, read_weights, stage_parser
 from training.sizes import DEMO, SIDE
 from training.text import encode_prompts, new_text_encoder, read_tokenizer
 
@@ -196,11 +195,8 @@ def load_encoders(models: Path, side: int, device: str) -> Encoders:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = stage_parser(__doc__, minutes=9)
     parser.add_argument("--models", type=Path, required=True, help="folder with the finished stages")
-    parser.add_argument("--folder", type=Path, required=True, help="weights so far and log; gets the new ones")
-    parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--whole", type=float, help="minutes of all slices of this stage; this one's")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help="of a clip that go through the model at once")
     parser.add_argument("--batch", type=int, default=3, help="clips of a step")
     parser.add_argument("--teach", action="store_true")

@@ -73,7 +73,7 @@ def grade(image: Tensor, name: str) -> Tensor:
 
 def turned(image: Tensor, angle: float) -> Tensor:
     """(N, 3, H, W) with all hues turned by radians; greys stay."""
-    along = math.sin(angle) / math.sqrt(3)
-    around = image.new_tensor([[0, -along, along], [along, 0, -along], [-along, along, 0]])
-    mixed = image.new_full((3, 3), (1 - math.cos(angle)) / 3) + math.cos(angle) * torch.eye(3).to(image) + around
+    around, other = math.sin(angle) / math.sqrt(3), (1 - math.cos(angle)) / 3
+    own, before, after = other + math.cos(angle), other - around, other + around
+    mixed = image.new_tensor([[own, before, after], [after, own, before], [before, after, own]])
     return torch.einsum("ij,njhw->nihw", mixed, image).clamp(0, 1)
