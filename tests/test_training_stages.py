@@ -1,8 +1,12 @@
 """The stages of training at toy sizes: they learn, they resume, and what they see is what inference will see."""
 
 import os
+import queue
 import random
 import socket
+import threading
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +39,7 @@ from training.sizes import DEMO, TEXT
 from training.speaker import read_text_encoder
 from training.speech.sounds import Sound, music
 from training.text import Reader, encode_prompts, labels, read_tokenizer, tokenize
+from training.turns import alone, beside
 from training.world.looks import KINDS, draw_look, is_held_out
 from training.world.painter import paint
 from training.world.pose import Pose
@@ -110,7 +115,7 @@ def test_the_decoder_learns_what_comes_late_and_latents_stay(small_vae, moving, 
     model = vae.new_vae(8)
     model.load_state_dict(small_vae.state_dict())
     late = vae.draw_late(model, 3, SIDE, 16, "cpu")
-    seen = vae.draw_clip(3, SIDE, "cpu", frames=25)
+    seen = vae.draw_clip(3, SIDE, "cpu", frames=1 + 4 * vae.LATE, calm=True)
     places = [(y, x) for y in range(SIDE - 15) for x in range(SIDE - 15)]
     assert any(torch.equal(late.frames, seen[:, 1:, y : y + 16, x : x + 16]) for y, x in places)
     latents, frames = late.latents[None], late.frames[None].float() / 127.5 - 1
@@ -225,6 +230,41 @@ def test_the_pool_forgets_the_oldest():
     assert set(pool.draw(50, random.Random(0))) == {7, 8}
     pool.refresh(4)
     assert set(pool.draw(99, random.Random(0))) == {9, 10, 11, 12}
+
+
+def test_threads_fill_a_pool_and_wait_while_a_graph_is_captured():
+    made = queue.SimpleQueue()
+    pool = Pool(100, lambda seed: made.put(seed) or seed, first_seed=0, begin_with=1, threads=3)
+    assert made.get(timeout=5) == 0, "what it begins with"
+    with alone():
+        pool.refresh(40)
+        with pytest.raises(queue.Empty):
+            made.get(timeout=0.2)
+    assert sorted(made.get(timeout=5) for _ in range(40)) == list(range(1, 41)), "every seed once"
+
+
+def test_a_capture_waits_for_who_works_beside():
+    order, begun, end = [], threading.Event(), threading.Event()
+
+    def work() -> None:
+        with beside():
+            begun.set()
+            assert end.wait(5)
+            order.append("worked")
+
+    def capture() -> None:
+        with alone():
+            order.append("captured")
+
+    with ThreadPoolExecutor(2) as threads:
+        done = [threads.submit(work)]
+        assert begun.wait(5)
+        done.append(threads.submit(capture))
+        assert not futures.wait(done, timeout=0.2).done
+        end.set()
+        for one in done:
+            one.result(timeout=5)
+    assert order == ["worked", "captured"]
 
 
 def test_the_front_is_what_the_engine_takes():

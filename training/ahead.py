@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from training.turns import beside
+
 Batch = Sequence[Tensor]
 
 
@@ -18,9 +20,9 @@ def ahead(draw: Callable[[int], Batch], device: torch.device | str) -> Callable[
     drawn: dict[int, Future[Batch]] = {}
 
     def make(step: int) -> Batch:
-        with torch.cuda.stream(stream):  # and its device
+        with beside(), torch.cuda.stream(stream):  # and its device
             made = draw(step)
-        stream.synchronize()
+            stream.synchronize()
         return made
 
     def batch(step: int) -> Batch:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training.run import Losses
+from training.turns import alone
 
 WARM_UPS = 3
 
@@ -61,8 +62,7 @@ class Gradients:
                 self._forget()  # so that the graph writes them and does not add
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Another thread may be making the next batches.
-        with torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
+        with alone(), torch.cuda.graph(graph, self._pool, stream, capture_error_mode="thread_local"):
             values = self._run(inputs)
         self._pool = graph.pool()
         return graph, inputs, values, [p.grad for p in self._parameters]

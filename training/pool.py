@@ -4,36 +4,41 @@ import atexit
 import random
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from training.turns import beside
+
 Item = TypeVar("Item")
 
 
 class Pool(Generic[Item]):
     def __init__(
-        self, size: int, make: Callable[[int], Item], *, first_seed: int, begin_with: int, beside: bool = False
+        self, size: int, make: Callable[[int], Item], *, first_seed: int, begin_with: int, threads: int = 0
     ) -> None:
         """`make(seed)` gives one thing. `begin_with` are made at once; the pool grows to `size`.
 
-        `beside`: later ones are made by a thread, on a stream of its own of the caller's GPU, beside whatever learns.
+        `threads`: that many make the later ones, each on a stream of its own of the caller's GPU, beside whatever
+        learns (on a CPU just a thread). Those streams go first: they launch thousands of small kernels one by one.
         """
-        self._make, self._first_seed, self.made = make, first_seed, 0
+        self._make, self._first_seed, self.made, self._counting = make, first_seed, 0, threading.Lock()
         self._items: deque[Item] = deque(maxlen=size)
         self._wanted: threading.Semaphore | None = None
         self.refresh(min(size, begin_with))
-        if beside:
+        if threads:
             self._wanted, self._over = threading.Semaphore(0), False
-            thread = threading.Thread(target=self._work, args=(torch.cuda.current_device(),), name="pool", daemon=True)
-            thread.start()
-            atexit.register(self._end, thread)
+            streams = [torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None for _ in range(threads)]
+            workers = [threading.Thread(target=self._work, args=(stream,), daemon=True) for stream in streams]
+            for worker in workers:
+                worker.start()
+            atexit.register(self._end, workers)
 
     def refresh(self, count: int) -> None:
-        """Make `count` things of seeds not used before, now or when the thread gets to it; of a full pool the oldest
+        """Make `count` things of seeds not used before, now or when a thread gets to it; of a full pool the oldest
         go."""
         for _ in range(count):
             if self._wanted is not None:
@@ -44,27 +49,28 @@ class Pool(Generic[Item]):
     def draw(self, count: int, generator: random.Random) -> list[Item]:
         chosen = generator.choices(tuple(self._items), k=count)
         for tensor in (tensor for item in chosen for tensor in _tensors(item) if tensor.is_cuda):
-            tensor.record_stream(torch.cuda.current_stream())  # its memory was the thread's; it may be dropped soon
+            tensor.record_stream(torch.cuda.current_stream())  # its memory was a thread's; it may be dropped soon
         return chosen
 
     def _next(self) -> Item:
-        item = self._make(self._first_seed + self.made)
-        self.made += 1
-        return item
+        with self._counting:
+            seed = self._first_seed + self.made
+            self.made += 1
+        return self._make(seed)
 
-    def _end(self, thread: threading.Thread) -> None:
+    def _end(self, workers: Sequence[threading.Thread]) -> None:
         """A thread that is on the GPU when the interpreter goes takes the process down."""
         self._over = True
-        self._wanted.release()
-        thread.join()
+        self._wanted.release(len(workers))
+        for worker in workers:
+            worker.join()
 
-    def _work(self, device: int) -> None:
-        torch.cuda.set_device(device)
-        stream = torch.cuda.Stream()
+    def _work(self, stream: torch.cuda.Stream | None) -> None:
         while self._wanted.acquire() and not self._over:
-            with torch.cuda.stream(stream):
+            with beside(), torch.cuda.stream(stream):  # and its device
                 made = self._next()
-            stream.synchronize()  # whoever draws it works on another stream
+                if stream is not None:
+                    stream.synchronize()  # whoever draws it works on another stream
             self._items.append(made)
 
 

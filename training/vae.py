@@ -8,6 +8,7 @@ decoder that knows only them turns every stream pink; long ones would cost sever
 """
 
 import logging
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ from training.graphs import Gradients
 from training.pool import Pool
 from training.run import minimise, read_log, read_weights, stage_parser
 from training.sizes import SIDE, VAE_DIM
+from training.world.light import turned
 from training.world.looks import GRADES, KINDS, LIGHTS, draw_look
 from training.world.painter import paint
 from training.world.pose import Pose
@@ -36,9 +38,13 @@ log = logging.getLogger(__name__)
 
 FRAMES = 9  # a first frame and two latents of four
 SETTLED = PRIME_LATENTS  # latents of a held picture, as the engine primes its decoder
-LATE = 2 * LATENTS_PER_BLOCK  # latents after them
+LATE = 4 * LATENTS_PER_BLOCK  # latents after them
+LEARNED = LATE // 2  # the first or the last so many are what a step learns from
 POOL, OLD = 2048, 2  # clips kept, and steps until there is a new one
-KL, EDGES = 1e-3, 0.5
+THREADS = 2  # that draw new ones, on a GPU
+KL, EDGES, COLOURS = 1e-3, 0.5, 2.0
+CELL = 16  # px of the squares whose colours are compared
+WHITE, COARSE = 0.15, 0.12  # errors of a DiT, of every number and of whole parts of a picture: as large, about
 QUIET = -4.0  # log variance of the latents at first
 
 
@@ -111,29 +117,57 @@ class Late(NamedTuple):
 
 
 def late_losses(model: AutoencoderKLWan, latents: Tensor, frames: Tensor) -> dict[str, Tensor]:
-    """latents (B, 16, SETTLED + LATE, h, w), frames (B, 3, 4 LATE, H, W) in [-1, 1]. For the decoder alone."""
+    """latents (B, 16, T, h, w) of a stream from its beginning, frames (B, 3, 4t, H, W) in [-1, 1] of its last t
+    latents. For the decoder alone."""
+    first = latents.shape[2] - frames.shape[2] // FRAMES_PER_LATENT
     with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda, cache_enabled=False):
         hidden, caches = model.post_quant_conv(latents), _caches(model.decoder)
         parts = []
         for a, b in _decoder_calls(hidden.shape[2]):
-            with torch.set_grad_enabled(a >= SETTLED):
+            with torch.set_grad_enabled(a >= first):
                 parts.append(model.decoder(hidden[:, :, a:b], feat_cache=caches, feat_idx=[0]))
-    pixels, edges = differences(torch.cat(parts, 2)[:, :, -frames.shape[2] :].float(), frames)
-    return {"loss": pixels + EDGES * edges, "pixels": pixels, "edges": edges}
+    drawn = torch.cat(parts, 2)[:, :, -frames.shape[2] :].float()
+    pixels, edges = differences(drawn, frames)
+    colours = F.avg_pool3d(drawn - frames, (1, CELL, CELL)).abs().mean()
+    loss = pixels + EDGES * edges + COLOURS * colours
+    return {"loss": loss, "pixels": pixels, "edges": edges, "colours": colours}
+
+
+def errors_like_a_dits(latents: Tensor, seed: int) -> Tensor:
+    """For latents (B, 16, T, h, w) of variance 1: each number's own, and what is common to near places and times."""
+    generator = torch.Generator(latents.device).manual_seed(seed)
+    sides = latents.shape[2:]
+    knots = [-(-side // every) for side, every in zip(sides, (LATENTS_PER_BLOCK, 4, 4), strict=True)]
+
+    def draw(*sides: int) -> Tensor:
+        return torch.randn(*latents.shape[:2], *sides, generator=generator, device=latents.device)
+
+    return WHITE * draw(*sides) + COARSE * F.interpolate(draw(*knots), sides, mode="trilinear")
 
 
 def draw_clip(
-    seed: int, side: int, device: torch.device | str, *, held_out: bool = False, frames: int = FRAMES
+    seed: int,
+    side: int,
+    device: torch.device | str,
+    *,
+    held_out: bool = False,
+    frames: int = FRAMES,
+    calm: bool = False,
 ) -> Tensor:
-    """(3, frames, side, side) uint8: any look in any light, moving faster than anybody does; sometimes a cut."""
+    """(3, frames, side, side) uint8: any look in any light, moving faster than anybody does; sometimes a cut.
+
+    `calm`: some move as people do, and half of them have their colours turned to what the world lacks."""
     generator = random.Random(f"vae {seed} {held_out}")
     look = draw_look(seed, generator.choice(KINDS), held_out=held_out)
     look = replace(look, light=generator.choice(LIGHTS), grade=generator.choice(GRADES + ("none",) * 4))
-    pose = Pose.of(_moves(seed, frames))
+    pose = Pose.of(_moves(seed, frames, generator.choice((2, 4, 8)) if calm else 2))
     clip = paint(look, pose, side, side, device)
-    if generator.random() < 0.15:  # the first picture is a portrait, the others what a prompt made of it
+    # the first picture is a portrait, the others what a prompt made of it
+    if generator.random() < (0.3 if calm else 0.15):
         still = paint(replace(look, light="neutral", grade="none"), Pose.still(), side, side, device)
         clip = torch.cat((still, clip[1:]))
+    if calm and generator.random() < 0.5:
+        clip = turned(clip, generator.uniform(-math.pi, math.pi))
     return (clip * 255).round().to(torch.uint8).transpose(0, 1)
 
 
@@ -143,7 +177,7 @@ def draw_late(
 ) -> Late:
     """A square of `crop` px out of a clip whose first picture was held for a while."""
     count = FRAMES_PER_LATENT * LATE
-    clip = draw_clip(seed, side, device, held_out=held_out, frames=1 + count)
+    clip = draw_clip(seed, side, device, held_out=held_out, frames=1 + count, calm=True)
     generator = random.Random(seed)
     y, x = (generator.randrange(side - crop + 1) for _ in range(2))
     clip = clip[..., y : y + crop, x : x + crop]
@@ -153,10 +187,10 @@ def draw_late(
         return Late(encode(model, seen)[0][0], clip[:, 1:].clone())
 
 
-def _moves(seed: int, frames: int) -> Tensor:
-    """(frames, 9): every number of a pose wanders between knots two frames apart."""
+def _moves(seed: int, frames: int, pace: int) -> Tensor:
+    """(frames, 9): every number of a pose wanders between knots `pace` frames apart."""
     generator = torch.Generator().manual_seed(seed)
-    knots = torch.rand(9, 2 + frames // 2, generator=generator)
+    knots = torch.rand(9, 2 + frames // pace, generator=generator)
     track = F.interpolate(knots[None], frames, mode="linear", align_corners=True)[0]
     opening, wide, rounding, smile, blink, brow, yaw, pitch, roll = track
     still = torch.rand(9, generator=generator)
@@ -183,8 +217,7 @@ def batches(
     def make(seed: int) -> Tensor:
         return draw_clip(seed, side, device)
 
-    beside = torch.device(device).type == "cuda"
-    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, beside=beside)
+    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, threads=_threads(device))
 
     def batch(step: int) -> tuple[Tensor]:
         pool.refresh(int(step % OLD == 0))
@@ -209,20 +242,28 @@ def late_batches(
     first_seed: int,
     begin_with: int,
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """step -> latents and frames for `late_losses`."""
+    """step -> latents, with errors as a DiT makes them, and frames for `late_losses`."""
 
     def make(seed: int) -> Late:
         return draw_late(model, seed, side, crop, device)
 
-    beside = torch.device(device).type == "cuda"
-    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, beside=beside)
+    deviation = torch.tensor(model.config.latents_std, device=device).view(-1, 1, 1, 1)
+
+    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, threads=_threads(device))
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         pool.refresh(int(step % OLD == 0))
-        latents, frames = zip(*pool.draw(size, random.Random(step)), strict=True)
-        return torch.stack(latents), torch.stack(frames).float() / 127.5 - 1
+        latents, frames = (torch.stack(x) for x in zip(*pool.draw(size, random.Random(step)), strict=True))
+        end = LEARNED if step % 2 else LATE
+        latents = latents[:, :, : SETTLED + end] + deviation * errors_like_a_dits(latents[:, :, : SETTLED + end], step)
+        shown = frames[:, :, FRAMES_PER_LATENT * (end - LEARNED) : FRAMES_PER_LATENT * end]
+        return latents, shown.float() / 127.5 - 1
 
     return batch
+
+
+def _threads(device: torch.device | str) -> int:
+    return THREADS if torch.device(device).type == "cuda" else 0
 
 
 @torch.no_grad()
@@ -271,7 +312,7 @@ def main() -> None:
         for part in (model.encoder, model.quant_conv, model.post_quant_conv):  # latents stay what they are
             part.requires_grad_(False)
         draw = late_batches(model, device, crop=options.crop or options.side, **drawn)
-        of_batch, rate = late_losses, 5e-4
+        of_batch, rate = late_losses, 1e-3
     else:
         draw = batches(device, **drawn)
         of_batch, rate = losses, 2e-3

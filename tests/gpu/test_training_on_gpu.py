@@ -1,5 +1,6 @@
 """A training step as a CUDA graph: the losses and gradients of one that is launched kernel by kernel."""
 
+import time
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from training.dit.train import draw_batch, losses, new_dit
 from training.front import losses as front_losses
 from training.front import new_front
 from training.graphs import Gradients
+from training.pool import Pool
 from training.sizes import DEMO
 from training.vae import losses as vae_losses
 from training.vae import new_vae
@@ -99,3 +101,21 @@ def test_the_vae_learns_from_graphs_of_two_shapes():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert sum(seen[-4:]) < 0.9 * sum(seen[:4])
+
+
+def test_graphs_are_captured_while_threads_fill_a_pool():
+    def make(seed: int) -> torch.Tensor:
+        torch.cuda.synchronize()  # refused while a graph is captured, as is what cuDNN does when it measures
+        return torch.full((), float(seed), device="cuda")
+
+    pool = Pool(64, make, first_seed=0, begin_with=1, threads=2)
+    model = torch.nn.Linear(8, 8).cuda()
+    learned = Gradients(model, lambda x: {"loss": model(x).square().mean()})
+    for size in range(1, 20):
+        pool.refresh(100)
+        x = torch.randn(size, 8, device="cuda")
+        assert torch.allclose(learned(x)["loss"], model(x).square().mean())
+    deadline = time.monotonic() + 60
+    while pool.made < 1901 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pool.made == 1901, "a thread has ended"

@@ -81,7 +81,10 @@ class Encoders:
     device: torch.device | str
 
     def listen(self, sounds: Sequence[Sound]) -> list[FeatureStream]:
-        return [FeatureStream(spoken.samples, self.speech, fps=DEFAULT_FPS) for spoken in sounds]
+        heard = [FeatureStream(spoken.samples, self.speech, fps=DEFAULT_FPS) for spoken in sounds]
+        for stream in heard:
+            stream.block(0)  # encodes it; of what is encoded several threads may take blocks
+        return heard
 
 
 def draw_scene(seed: int, *, held_out: bool = False) -> Scene:
@@ -152,13 +155,17 @@ def make_group(seed: int, size: int, known: Encoders, sounds: Sequence[Sound], h
 def _draw(scene: Scene, start: Pose | None, poses: Pose, known: Encoders) -> Tensor:
     """(3, frames, side, side) uint8: the picture, the beginning of its stream if this is not it, the clip."""
 
-    def draw(look: Look, pose: Pose) -> Tensor:
-        frames = paint(look, pose, known.side, known.side, known.device)
+    def draw(look: Look, rows: Tensor) -> Tensor:
+        frames = paint(look, Pose.of(rows), known.side, known.side, known.device)
         return (turned(frames, scene.hue) * 255).round().to(torch.uint8)
 
-    still = draw(scene.picture, Pose.still(**scene.ajar)).expand(STILLS, -1, -1, -1)
-    shown = poses if start is None else Pose.of(torch.cat((start.rows(), poses.rows())))
-    return torch.cat((still, draw(scene.video, shown))).transpose(0, 1)
+    still = Pose.still(**scene.ajar).rows()
+    shown = poses.rows() if start is None else torch.cat((start.rows(), poses.rows()))
+    if scene.picture == scene.video:  # painting takes as many kernels however many frames there are
+        first, video = draw(scene.video, torch.cat((still, shown))).split((1, len(shown)))
+    else:
+        first, video = draw(scene.picture, still), draw(scene.video, shown)
+    return torch.cat((first.expand(STILLS, -1, -1, -1), video)).transpose(0, 1)
 
 
 def _encode(vae: WanVAE, pixels_B3THW: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What every part of the painter shares: a look, its light, and a coordinate frame to paint in."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,7 +15,13 @@ def rgb(colour: str | tuple[float, float, float], like: Tensor) -> Tensor:
     """A colour, in hex or as numbers in 0..1, as (3, 1, 1)."""
     if isinstance(colour, str):
         colour = tuple(int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4))
-    return torch.tensor(colour, dtype=torch.float32, device=like.device).view(3, 1, 1)
+    return _colour(colour, like.device)
+
+
+@cache
+def _colour(rgb: tuple[float, float, float], device: torch.device) -> Tensor:
+    """Kept: a GPU that is given a number waits for all that it was told before."""
+    return torch.tensor(rgb, dtype=torch.float32, device=device).view(3, 1, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class Light:
         return light + self.other * (0.4 * nz - 0.15 - 0.9 * nx * (1 if dx > 0 else -1)).clamp(0, 1)
 
 
+@cache
 def light(name: str, *, cel: bool, device: torch.device | str) -> Light:
     *colours, direction = _LIGHTS[name]
     ambient, key, other = (torch.tensor(colour, device=device).view(3, 1, 1) for colour in colours)

@@ -86,7 +86,8 @@ def ramp(x: Tensor, low: Scalar, high: Scalar) -> Tensor:
 
 def chance(i: Tensor, j: Tensor | int, seed: int) -> Tensor:
     """A number in 0..1 for every pair of whole numbers, without pattern to the eye."""
-    mixed = (i.long() * 73_856_093) ^ (torch.as_tensor(j, device=i.device).long() * 19_349_663) ^ (seed * 83_492_791)
+    j = j.long() if isinstance(j, Tensor) else j
+    mixed = (i.long() * 73_856_093) ^ (j * 19_349_663) ^ (seed * 83_492_791)
     mixed = ((mixed ^ (mixed >> 13)) * 1_274_126_177) & 0x7FFFFFFF
     return ((mixed ^ (mixed >> 11)) & 0xFFFF).float() / 0xFFFF
 
