@@ -127,6 +127,8 @@ def test_the_decoder_learns_what_comes_late_and_latents_stay(small_vae, moving, 
     with torch.no_grad():
         pixels, _ = vae.differences(vae.decode(model, latents)[:, :, -frames.shape[2] :], frames)
     torch.testing.assert_close(values["pixels"], pixels)
+    vae.lighten(model.decoder, fused=False)
+    torch.testing.assert_close(vae.late_losses(model, latents, frames), values)
     learned = Gradients(model, partial(vae.late_losses, model))
     run.minimise("late", model, lambda _: learned(latents, frames), tmp_path, minutes=2, whole=None, steps=6, rate=1e-2)
     with torch.no_grad():

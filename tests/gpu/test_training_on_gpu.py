@@ -17,8 +17,8 @@ from training.front import new_front
 from training.graphs import Gradients
 from training.pool import Pool
 from training.sizes import DEMO
+from training.vae import LEARNED, SETTLED, late_losses, lighten, new_vae
 from training.vae import losses as vae_losses
-from training.vae import new_vae
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 SIDE, CLIPS, BLOCKS = 64, 2, 8
@@ -101,6 +101,24 @@ def test_the_vae_learns_from_graphs_of_two_shapes():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     assert sum(seen[-4:]) < 0.9 * sum(seen[:4])
+
+
+def test_the_decoder_with_compiled_norms():
+    torch.manual_seed(0)
+    model = new_vae(8).cuda()
+    latents = torch.randn(1, 16, SETTLED + LEARNED, 8, 8, device="cuda")
+    frames = torch.rand(1, 3, 4 * LEARNED, SIDE, SIDE, device="cuda")
+    for part in (model.encoder, model.quant_conv, model.post_quant_conv):
+        part.requires_grad_(False)
+    of_batch = partial(late_losses, model)
+    want, theirs = learn(Gradients(model, of_batch), model, (latents, frames))
+    lighten(model.decoder, fused=True)
+    got, mine = learn(Gradients(model, of_batch), model, (latents, frames))
+    for name, value in want.items():  # what was float32 between convolutions is bfloat16
+        torch.testing.assert_close(got[name], value, rtol=1e-2, atol=0)
+    assert mine.keys() == theirs.keys()
+    flat, wanted = (torch.cat([gradient.flatten() for gradient in found.values()]) for found in (mine, theirs))
+    assert torch.cosine_similarity(flat, wanted, dim=0) > 0.98
 
 
 def test_graphs_are_captured_while_threads_fill_a_pool():
