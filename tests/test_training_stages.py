@@ -7,6 +7,7 @@ import socket
 import threading
 from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
 from liveavatar_core.config import ModelConfig, ModelSpec
+from liveavatar_core.demo.files import SHIPPED, DemoFiles
 from liveavatar_core.encoders.audio_features import Wav2Vec2Speech, hidden_length, load_speech_encoder
+from liveavatar_core.encoders.portrait import portrait_latents
 from liveavatar_core.encoders.vae import WanVAE, load_vae, read_vae
 from liveavatar_core.geometry import FRAMES_PER_BLOCK, Geometry
 from liveavatar_core.model.dit import CausalDiT
@@ -40,6 +43,7 @@ from training.speaker import read_text_encoder
 from training.speech.sounds import Sound, music
 from training.text import Reader, encode_prompts, labels, read_tokenizer, tokenize
 from training.turns import alone, beside
+from training.world.light import turned
 from training.world.looks import KINDS, draw_look, is_held_out
 from training.world.painter import paint
 from training.world.pose import Pose
@@ -376,6 +380,18 @@ def test_a_clip_is_what_inference_would_encode(groups, heard):
         assert torch.equal(group.anchor, first) == at_start
         blocks = [stream.block(n).bfloat16() for stream in heard[1] for n in range(6)]
         assert any(torch.equal(group.features[0, 0], block) for block in blocks)
+
+
+def test_the_picture_is_to_a_clip_what_it_is_at_inference(known, heard):
+    known = replace(
+        known, vae=read_vae(DemoFiles(SHIPPED).vae, dtype=torch.float32, device="cpu")
+    )  # one of random numbers remembers for longer
+    group, scene = make_group(0, 1, known, *heard), draw_scene(0)
+    picture = turned(paint(scene.picture, Pose.still(**scene.ajar), CLIP_SIDE, CLIP_SIDE), scene.hue)[0]
+    reference, motion = portrait_latents(known.vae, (picture * 255).round() / 127.5 - 1)
+    for got, want in ((group.reference[0], reference), (group.motion[0], motion)):
+        errors = (got - want).square().mean((0, 2, 3)) / want.square().mean((0, 2, 3))
+        assert errors.sqrt().max() < 0.01, "more than bfloat16 loses"
 
 
 @pytest.mark.parametrize("teach", [True, False])

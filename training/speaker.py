@@ -30,10 +30,7 @@ PRIMING = 4  # blocks after which a decoder hardly sees where it began
 
 
 class BriefStills:
-    """The VAE, to which a picture that holds still is the same after a while, as it was in training: five times faster.
-
-    More copies change nothing that can be seen.
-    """
+    """The VAE, to which a picture that holds still is the same once its latents have settled: twice as fast."""
 
     def __init__(self, vae: WanVAE) -> None:
         self._vae = vae
@@ -94,8 +91,7 @@ class Speaker:
 
     def shown(self, stream: LatentStream) -> Tensor:
         with torch.inference_mode():
-            motion = stream.portrait[1][:, : 1 + STILLS // FRAMES_PER_LATENT]  # what holds still is soon seen
-            chunks = frame_chunks(stream.latents(), StreamDecoder(self.vae), motion, stream.request.frames)
+            chunks = frame_chunks(stream.latents(), StreamDecoder(self.vae), stream.portrait[1], stream.request.frames)
             return torch.cat([chunk.frames for chunk in chunks])
 
     def excerpts(self, stream: LatentStream, wanted: Sequence[range]) -> Iterator[Tensor]:

@@ -34,7 +34,7 @@ from training.world.pose import Pose, eyes_box, mouth_box
 from training.world.shapes import grid
 
 BLOCKS = 8
-STILLS = 13  # copies of the picture before the video; more change nothing that can be seen
+STILLS = 29  # copies of the picture before the video: what the encoder remembers has settled then, as at inference
 LATEST = 4096  # block at which a clip may begin: half an hour
 MOUTH, EYES = 5.0, 2.0  # what a wrong latent costs more there
 
