@@ -1,12 +1,8 @@
 """The stages of training at toy sizes: they learn, they resume, and what they see is what inference will see."""
 
 import os
-import queue
 import random
 import socket
-import threading
-from concurrent import futures
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,13 +32,11 @@ from training.export import export_all, export_vae, official_vae_names
 from training.front import mouth_at_states, new_front, normalised
 from training.graphs import Gradients
 from training.lips import read_opening
-from training.pool import Pool
 from training.prompts import NAMED, among_strangers, draw_wish, write
 from training.sizes import DEMO, TEXT
 from training.speaker import read_text_encoder
 from training.speech.sounds import Sound, music
 from training.text import Reader, encode_prompts, labels, read_tokenizer, tokenize
-from training.turns import alone, beside
 from training.world.light import turned
 from training.world.looks import KINDS, draw_look, is_held_out
 from training.world.painter import paint
@@ -231,48 +225,6 @@ def test_checkpoints_come_in_parts(tmp_path, monkeypatch):
     assert all(torch.equal(read[n], t.bfloat16().float()) for n, t in state.items() if n != "count")
 
 
-def test_the_pool_forgets_the_oldest():
-    pool = Pool(4, lambda seed: seed, first_seed=7, begin_with=2)
-    assert set(pool.draw(50, random.Random(0))) == {7, 8}
-    pool.refresh(4)
-    assert set(pool.draw(99, random.Random(0))) == {9, 10, 11, 12}
-
-
-def test_threads_fill_a_pool_and_wait_while_a_graph_is_captured():
-    made = queue.SimpleQueue()
-    pool = Pool(100, lambda seed: made.put(seed) or seed, first_seed=0, begin_with=1, threads=3)
-    assert made.get(timeout=5) == 0, "what it begins with"
-    with alone():
-        pool.refresh(40)
-        with pytest.raises(queue.Empty):
-            made.get(timeout=0.2)
-    assert sorted(made.get(timeout=5) for _ in range(40)) == list(range(1, 41)), "every seed once"
-
-
-def test_a_capture_waits_for_who_works_beside():
-    order, begun, end = [], threading.Event(), threading.Event()
-
-    def work() -> None:
-        with beside():
-            begun.set()
-            assert end.wait(5)
-            order.append("worked")
-
-    def capture() -> None:
-        with alone():
-            order.append("captured")
-
-    with ThreadPoolExecutor(2) as threads:
-        done = [threads.submit(work)]
-        assert begun.wait(5)
-        done.append(threads.submit(capture))
-        assert not futures.wait(done, timeout=0.2).done
-        end.set()
-        for one in done:
-            one.result(timeout=5)
-    assert order == ["worked", "captured"]
-
-
 def test_the_front_is_what_the_engine_takes():
     speech = Wav2Vec2Speech(new_front().wav2vec2)
     wave = normalised(music(1, 1.0).samples)
@@ -383,9 +335,8 @@ def test_a_clip_is_what_inference_would_encode(groups, heard):
 
 
 def test_the_picture_is_to_a_clip_what_it_is_at_inference(known, heard):
-    known = replace(
-        known, vae=read_vae(DemoFiles(SHIPPED).vae, dtype=torch.float32, device="cpu")
-    )  # one of random numbers remembers for longer
+    # a VAE of random numbers remembers for longer
+    known = replace(known, vae=read_vae(DemoFiles(SHIPPED).vae, dtype=torch.float32, device="cpu"))
     group, scene = make_group(0, 1, known, *heard), draw_scene(0)
     picture = turned(paint(scene.picture, Pose.still(**scene.ajar), CLIP_SIDE, CLIP_SIDE), scene.hue)[0]
     reference, motion = portrait_latents(known.vae, (picture * 255).round() / 127.5 - 1)

@@ -14,24 +14,25 @@ from torch import Tensor
 from training.turns import beside
 
 Item = TypeVar("Item")
+THREADS = 2
 
 
 class Pool(Generic[Item]):
     def __init__(
-        self, size: int, make: Callable[[int], Item], *, first_seed: int, begin_with: int, threads: int = 0
+        self, size: int, make: Callable[[int], Item], *, first_seed: int, begin_with: int, beside: bool = False
     ) -> None:
         """`make(seed)` gives one thing. `begin_with` are made at once; the pool grows to `size`.
 
-        `threads`: that many make the later ones, each on a stream of its own of the caller's GPU, beside whatever
-        learns (on a CPU just a thread). Those streams go first: they launch thousands of small kernels one by one.
+        `beside`: threads make the later ones beside whatever learns; on a GPU each has a stream of its own, which goes
+        first, since it launches thousands of small kernels one by one.
         """
         self._make, self._first_seed, self.made, self._counting = make, first_seed, 0, threading.Lock()
         self._items: deque[Item] = deque(maxlen=size)
         self._wanted: threading.Semaphore | None = None
         self.refresh(min(size, begin_with))
-        if threads:
+        if beside:
             self._wanted, self._over = threading.Semaphore(0), False
-            streams = [torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None for _ in range(threads)]
+            streams = [torch.cuda.Stream(priority=-1) if torch.cuda.is_available() else None for _ in range(THREADS)]
             workers = [threading.Thread(target=self._work, args=(stream,), daemon=True) for stream in streams]
             for worker in workers:
                 worker.start()

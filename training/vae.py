@@ -42,7 +42,6 @@ SETTLED = PRIME_LATENTS  # latents of a held picture, as the engine primes its d
 LATE = 4 * LATENTS_PER_BLOCK  # latents after them
 LEARNED = LATE // 2  # the first or the last so many are what a step learns from
 POOL, OLD = 2048, 2  # clips kept, and steps until there is a new one
-THREADS = 2  # that draw new ones, on a GPU
 KL, EDGES, COLOURS = 1e-3, 0.5, 2.0
 CELL = 16  # px of the squares whose colours are compared
 WHITE, COARSE = 0.15, 0.12  # errors of a DiT, of every number and of whole parts of a picture: as large, about
@@ -245,7 +244,7 @@ def batches(
     def make(seed: int) -> Tensor:
         return draw_clip(seed, side, device)
 
-    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, threads=_threads(device))
+    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, beside=torch.device(device).type == "cuda")
 
     def batch(step: int) -> tuple[Tensor]:
         pool.refresh(int(step % OLD == 0))
@@ -276,22 +275,17 @@ def late_batches(
         return draw_late(model, seed, side, crop, device)
 
     deviation = torch.tensor(model.config.latents_std, device=device).view(-1, 1, 1, 1)
-
-    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, threads=_threads(device))
+    pool = Pool(POOL, make, first_seed=first_seed, begin_with=begin_with, beside=torch.device(device).type == "cuda")
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         pool.refresh(int(step % OLD == 0))
         latents, frames = (torch.stack(x) for x in zip(*pool.draw(size, random.Random(step)), strict=True))
         end = LEARNED if step % 2 else LATE
-        latents = latents[:, :, : SETTLED + end] + deviation * errors_like_a_dits(latents[:, :, : SETTLED + end], step)
+        latents = latents[:, :, : SETTLED + end]
         shown = frames[:, :, FRAMES_PER_LATENT * (end - LEARNED) : FRAMES_PER_LATENT * end]
-        return latents, shown.float() / 127.5 - 1
+        return latents + deviation * errors_like_a_dits(latents, step), shown.float() / 127.5 - 1
 
     return batch
-
-
-def _threads(device: torch.device | str) -> int:
-    return THREADS if torch.device(device).type == "cuda" else 0
 
 
 @torch.no_grad()

@@ -205,7 +205,6 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=80, help="kept in memory")
     parser.add_argument("--begin", type=int, default=12, help="groups made before the first step")
     parser.add_argument("--every", type=int, default=6, help="steps between new groups")
-    parser.add_argument("--threads", type=int, default=2, help="that make them, on a GPU")
     parser.add_argument("--side", type=int, default=SIDE)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -233,7 +232,7 @@ def main() -> None:
         make,
         first_seed=done * 10 + number * 1_000_000,
         begin_with=options.begin,
-        threads=0 if device == "cpu" else options.threads,
+        beside=device != "cpu",
     )
     learned = Gradients(model, partial(losses, model, Geometry(options.side, options.side), options.teach))
 
